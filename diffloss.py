@@ -1,0 +1,381 @@
+"""The diffusion loss: a small denoising MLP draws a patch x_i ~ p(x | c_i).
+
+What it is: the head of Li et al. 2024 ("MAR", arXiv 2406.11838, section 3), the Gaussian diffusion
+it is trained with, and the samplers. What it is not: it knows nothing of images, transformers or
+refinement; everything here acts on tokens x (..., D) under conditions c (..., C).
+
+    x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                      forward process
+    loss = || eps - eps_theta ||^2 + VLB(mean detached)              Improved DDPM, arXiv 2102.09672, eq. 14-16
+    x0   = (x_t - sqrt(1 - abar_t) eps_theta) / sqrt(abar_t)         what every sampler starts from
+    score(x_t, t, c) = -eps_theta / sqrt(1 - abar_t)
+
+Samplers: ancestral DDPM on a respaced schedule (arXiv 2006.11239, 2102.09672), DDIM (2010.02502),
+DPM-Solver++(2M) on a grid that is uniform in logSNR (2211.01095).
+"""
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+T_TRAIN = 1000                                   # diffusion steps in training
+
+
+# ---------------------------------------------------------------- the network
+
+class TimeEmbedding(nn.Module):
+    """Diffusion step t (M,) -> (M, width): 128 cosines and 128 sines through a two-layer MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        freq = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
+        angle = t.float()[..., None] * freq
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+class ResBlock(nn.Module):
+    """x + gate * MLP(modulate(LN(x), shift, scale)); shift, scale and gate come from the condition (adaLN)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, mod):
+        shift, scale, gate = mod.chunk(3, dim=-1)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width, out_dim):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, mod):
+        shift, scale = mod.chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DenoisingMLP(nn.Module):
+    """eps_theta and the variance fraction of one patch, given the noised patch, t and its condition.
+
+    x_t (..., D), t (...) broadcastable, c (..., C) -> eps (..., D), v (..., D) with v in about [-1, 1].
+    Parameter names are those of MAR's released checkpoints.
+    """
+
+    def __init__(self, token_dim, cond_dim, width, depth):
+        super().__init__()
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(cond_dim, width)
+        self.input_proj = nn.Linear(token_dim, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * token_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-zero: each block starts as the identity, the output as zero
+        for block in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def modulations(self, y):
+        """y = time embedding + projected condition (..., width) -> what each block needs of it.
+
+        This is 3/5 of the head's arithmetic and does not depend on x_t, so that a sampler may
+        compute it for several diffusion steps in one matrix product.
+        """
+        return [block.adaLN_modulation(y) for block in (*self.res_blocks, self.final_layer)]
+
+    def denoise(self, x_t, mods):
+        h = self.input_proj(x_t)                                         # (..., width)
+        for block, mod in zip(self.res_blocks, mods):
+            h = block(h, mod)
+        return self.final_layer(h, mods[-1]).chunk(2, dim=-1)            # (..., D), (..., D)
+
+    def embed_time(self, t):
+        """(..., width). Training asks for far more rows than there are steps: embed each step once and look it up."""
+        if t.numel() <= T_TRAIN:
+            return self.time_embed(t)
+        return F.embedding(t, self.time_embed(torch.arange(T_TRAIN, device=t.device)))
+
+    def forward(self, x_t, t, c):
+        return self.denoise(x_t, self.modulations(self.embed_time(t) + self.cond_embed(c)))
+
+
+# ---------------------------------------------------------------- the schedule
+
+def cosine_betas(n=T_TRAIN):
+    """beta_t (n,) float64 of the squared-cosine schedule (Improved DDPM, eq. 17), clipped at 0.999."""
+    abar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+
+
+def respaced_steps(steps, n=T_TRAIN):
+    """`steps` training steps, evenly spread over 0 .. n-1 with both ends kept: int64 (steps,)."""
+    if not 1 <= steps <= n:
+        raise ValueError(f"{steps} diffusion steps asked for, but 1 to {n} are possible")
+    return np.array([round(i * (n - 1) / max(steps - 1, 1)) for i in range(steps)], dtype=np.int64)
+
+
+class Schedule:
+    """Float64 tables of a diffusion whose step j is the training step `timestep_map[j]`.
+
+    Attributes (n,): abar, alpha = sqrt(abar), sigma = sqrt(1 - abar) (in fp32 1 - abar itself would lose
+    three digits at t = 0), betas, x0_from_xt and x0_from_eps (x0 = x0_from_xt x_t - x0_from_eps eps),
+    mean_x0 and mean_xt (posterior mean = mean_x0 x0 + mean_xt x_t), log_var_min (posterior variance,
+    first entry replaced by the second, as it is 0), log_var_max (beta).
+    """
+
+    def __init__(self, timestep_map=None):
+        full = np.cumprod(1 - cosine_betas())
+        self.timestep_map = np.arange(T_TRAIN) if timestep_map is None else np.asarray(timestep_map)
+        self.abar = full[self.timestep_map]
+        self.alpha, self.sigma = self.abar ** 0.5, (1 - self.abar) ** 0.5
+        prev = np.append(1.0, self.abar[:-1])
+        self.betas = 1 - self.abar / prev
+        self.x0_from_xt, self.x0_from_eps = self.abar ** -0.5, (1 / self.abar - 1) ** 0.5
+        self.mean_x0 = self.betas * prev ** 0.5 / (1 - self.abar)
+        self.mean_xt = (1 - prev) * (1 - self.betas) ** 0.5 / (1 - self.abar)
+        var = self.betas * (1 - prev) / (1 - self.abar)
+        self.log_var_min = np.log(np.append(var[1], var[1:]) if len(var) > 1 else self.betas)
+        self.log_var_max = np.log(self.betas)
+
+
+@lru_cache
+def respaced(steps):
+    return Schedule(respaced_steps(steps))
+
+
+# ---------------------------------------------------------------- the loss
+
+def gaussian_kl(mean1, log_var1, mean2, log_var2):
+    """KL(N(mean1, var1) || N(mean2, var2)) in nats, elementwise."""
+    return 0.5 * (log_var2 - log_var1 - 1 + (log_var1 - log_var2).exp() + (mean1 - mean2) ** 2 * (-log_var2).exp())
+
+
+def discretised_nll(x, mean, log_var):
+    """-log P(x) in nats under N(mean, var), where x stands for a bin of width 2/255 (the outermost: open)."""
+    cdf = lambda z: 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z ** 3)))
+    centred, inv_std = x - mean, (-0.5 * log_var).exp()
+    upper, lower = cdf(inv_std * (centred + 1 / 255)), cdf(inv_std * (centred - 1 / 255))
+    p = torch.where(x < -0.999, upper, torch.where(x > 0.999, 1 - lower, upper - lower))
+    return -p.clamp(min=1e-12).log()
+
+
+class DiffLoss(nn.Module):
+    """A denoiser with the training schedule: the loss, the score, the one-evaluation estimate of x0.
+
+    net(x_t, t, c) -> (eps, v). Any module of that form will do: the MLP above, or a whole transformer (CDM).
+    """
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        schedule = Schedule()
+        for name in ("alpha", "sigma", "x0_from_xt", "x0_from_eps", "mean_x0", "mean_xt", "log_var_min", "log_var_max"):
+            self.register_buffer(name, torch.tensor(getattr(schedule, name), dtype=torch.float32), persistent=False)
+
+    def noised(self, x, t, eps):
+        """x_t (..., D) at steps t (...), broadcastable."""
+        return self.alpha[t][..., None] * x + self.sigma[t][..., None] * eps
+
+    def forward(self, x, c, t, eps):
+        """Loss per token (...) = mse + vb; eps (..., D) fp32, t (...) int64 in 0 .. 999; x (..., D) and c (..., C) broadcast."""
+        mse, vb = self.terms(x, c, t, eps)
+        return mse + vb
+
+    def terms(self, x, c, t, eps):
+        """(mse, vb) per token (...): the squared error of eps, and the variational bound in bits."""
+        x_t = self.noised(x, t, eps)
+        eps_hat, v = (out.float() for out in self.net(x_t, t, c))
+        mse = (eps - eps_hat).square().mean(-1)
+        at = lambda table: table[t][..., None]
+        # the bound trains the variance alone: the mean is detached, so that MSE decides eps
+        x0_hat = at(self.x0_from_xt) * x_t - at(self.x0_from_eps) * eps_hat.detach()
+        mean_hat = at(self.mean_x0) * x0_hat + at(self.mean_xt) * x_t
+        mean = at(self.mean_x0) * x + at(self.mean_xt) * x_t
+        frac = (v + 1) / 2
+        log_var = frac * at(self.log_var_max) + (1 - frac) * at(self.log_var_min)
+        kl = gaussian_kl(mean, at(self.log_var_min), mean_hat, log_var).mean(-1)
+        nll = discretised_nll(x, mean_hat, log_var).mean(-1)
+        return mse, torch.where(t == 0, nll, kl) / math.log(2)
+
+    def score(self, x_t, t, c):
+        """grad log p_t(x_t | c) (..., D) = -eps_theta / sigma_t."""
+        return -self.net(x_t, t, c)[0].float() / self.sigma[t][..., None]
+
+    def x0_hat(self, x_t, t, c, x0_bound=None):
+        """E[x0 | x_t, c] (..., D) as the denoiser sees it, within +-x0_bound if given."""
+        x0 = self.x0_from_xt[t][..., None] * x_t - self.x0_from_eps[t][..., None] * self.net(x_t, t, c)[0].float()
+        return x0 if x0_bound is None else x0.clamp(-x0_bound, x0_bound)
+
+    def denoiser(self, c, c_null=None, cfg_scale=1.0):
+        """A function (x_t, t: int) -> (eps, v) under c (M, C), for the samplers below.
+
+        With c_null (M, C) both branches run as one batch and eps = eps_null + cfg_scale (eps_c - eps_null);
+        v is the conditional branch's (as in MAR).
+        """
+        guided = c_null is not None and cfg_scale != 1.0
+        both = torch.cat([c, c_null]) if guided else c
+
+        def denoise(x_t, t):
+            x_in = torch.cat([x_t, x_t]) if guided else x_t
+            step = torch.full(x_in.shape[:1] + (1,) * (x_in.dim() - 2), t, device=x_in.device)
+            eps, v = (out.float() for out in self.net(x_in, step, both))
+            if guided:
+                (eps, eps_null), v = eps.chunk(2), v.chunk(2)[0]
+                eps = eps_null + cfg_scale * (eps - eps_null)
+            return eps, v
+
+        return denoise
+
+
+# ---------------------------------------------------------------- samplers
+
+class ImageNoise:
+    """One random stream per image, so that image k of a seed is the same in any batch.
+
+    randn(*shape) -> (B, *shape) fp32; rand likewise. `index` lists the images of this batch.
+    """
+
+    def __init__(self, seed, index, device="cpu"):
+        self.device = torch.device(device)
+        # 0x9E3779B97F4A7C15 is 2^64 / golden ratio: far-apart seeds for neighbouring (seed, k)
+        key = lambda k: ((int(seed) + 1) * 0x9E3779B97F4A7C15 + int(k) * 0xBF58476D1CE4E5B9) % (1 << 63)
+        self.streams = [torch.Generator(self.device).manual_seed(key(k)) for k in index]
+
+    def __len__(self):
+        return len(self.streams)
+
+    def randn(self, *shape):
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self.streams])
+
+    def rand(self, *shape):
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.streams])
+
+
+SOLVERS = ("ddpm", "ddim", "dpm++")
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a patch is drawn from its condition.
+
+    solver: ddpm (ancestral), ddim (eta = 0 deterministic, 1 ancestral-like), dpm++ (DPM-Solver++(2M)).
+    steps: evaluations of the denoiser per patch; steps_late: if given, the number falls linearly over
+      the AR chain from `steps` to this (DiSA, arXiv 2505.20297: late patches are nearly determined).
+    temperature: multiplies the fresh noise of ddpm and ddim (eta > 0), and the initial noise of the
+      deterministic solvers, which have no other.
+    x0_bound: |x0| <= x0_bound in every step; None reproduces MAR exactly.
+    """
+    solver: str = "dpm++"
+    steps: int = 25
+    steps_late: int | None = None
+    eta: float = 0.0
+    temperature: float = 1.0
+    x0_bound: float | None = None
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
+        for steps in (self.steps, self.steps if self.steps_late is None else self.steps_late):
+            respaced_steps(steps)
+
+    def steps_at(self, i, n):
+        """Evaluations per patch at AR step i of n."""
+        if self.steps_late is None or n < 2:
+            return self.steps
+        return round(self.steps + (self.steps_late - self.steps) * i / (n - 1))
+
+    @property
+    def deterministic(self):
+        return self.solver == "dpm++" or (self.solver == "ddim" and self.eta == 0)
+
+    def n_noise(self, steps):
+        """How many noise tensors a trajectory of `steps` takes: the initial one, and one per step if random."""
+        return 1 if self.deterministic else 1 + steps
+
+    def __call__(self, denoise, noise, steps=None, trace=None):
+        """x0 (M, D) by `steps` calls of denoise(x_t, t) -> (eps, v).
+
+        noise (n_noise, M, D): noise[0] starts the trajectory, noise[1 + j] is the fresh noise of step j.
+        trace: a list that receives (t, x_t, x0_hat) of each step.
+        """
+        steps = self.steps if steps is None else steps
+        x = noise[0] * (self.temperature if self.deterministic else 1.0)
+        run = {"ddpm": self.ddpm, "ddim": self.ddim, "dpm++": self.dpm_solver}[self.solver]
+        return run(denoise, x, noise[1:], steps, trace)
+
+    def predict(self, denoise, x, schedule, j, trace):
+        """x0 and the log-variance at step j of the schedule."""
+        eps, v = denoise(x, int(schedule.timestep_map[j]))
+        x0 = schedule.x0_from_xt[j] * x - schedule.x0_from_eps[j] * eps
+        if self.x0_bound is not None:
+            # CHOICE(x0_bound): |x0| is kept within the data's range, because at t = 999 the schedule
+            # divides the head's error by sqrt(abar) ~ 5e-5 and young checkpoints give black or NaN images.
+            # Alternative: no bound, which is MAR exactly. Flag: --x0_bound (0 = off).
+            x0 = x0.clamp(-self.x0_bound, self.x0_bound)
+        if trace is not None:
+            trace.append((int(schedule.timestep_map[j]), x, x0))
+        frac = (v + 1) / 2
+        return x0, frac * schedule.log_var_max[j] + (1 - frac) * schedule.log_var_min[j]
+
+    def ddpm(self, denoise, x, noise, steps, trace):
+        schedule = respaced(steps)
+        for j in reversed(range(steps)):
+            x0, log_var = self.predict(denoise, x, schedule, j, trace)
+            x = schedule.mean_x0[j] * x0 + schedule.mean_xt[j] * x
+            if j > 0:
+                x = x + self.temperature * (0.5 * log_var).exp() * noise[steps - 1 - j]
+        return x
+
+    def ddim(self, denoise, x, noise, steps, trace):
+        schedule = respaced(steps)
+        prev = np.append(1.0, schedule.abar[:-1])
+        for j in reversed(range(steps)):
+            x0, _ = self.predict(denoise, x, schedule, j, trace)
+            eps = (schedule.x0_from_xt[j] * x - x0) / schedule.x0_from_eps[j]     # consistent with the bounded x0
+            sigma = self.eta * math.sqrt((1 - prev[j]) / (1 - schedule.abar[j]) * schedule.betas[j])
+            x = math.sqrt(prev[j]) * x0 + math.sqrt(max(1 - prev[j] - sigma ** 2, 0.0)) * eps
+            if j > 0 and sigma > 0:
+                x = x + self.temperature * sigma * noise[steps - 1 - j]
+        return x
+
+    def dpm_solver(self, denoise, x, noise, steps, trace):
+        # Second-order multistep in data prediction; lam = log(alpha / sigma) uniform from t = 990 to t = 0.
+        # The last evaluation, at t = 0, is itself the answer.
+        schedule = respaced(T_TRAIN)
+        lam = 0.5 * np.log(schedule.abar / (1 - schedule.abar))
+        grid = np.linspace(lam[990], lam[0], steps) if steps > 1 else lam[[990]]
+        ts = [int(np.abs(lam - value).argmin()) for value in grid]
+        for j in reversed(range(steps - 1)):
+            ts[j] = max(ts[j], ts[j + 1] + 1)                            # fine grids: never the same step twice
+        alpha, sigma = schedule.alpha, schedule.sigma
+        before, h_before = None, None
+        for t, s in zip(ts, ts[1:] + [None]):
+            x0, _ = self.predict(denoise, x, schedule, t, trace)
+            if s is None:
+                return x0
+            h = lam[s] - lam[t]
+            d = x0 if before is None else x0 + (x0 - before) * (0.5 * h / h_before)
+            x = (sigma[s] / sigma[t]) * x - alpha[s] * math.expm1(-h) * d
+            before, h_before = x0, h

@@ -1,0 +1,321 @@
+"""Draw images from a checkpoint: where transformer, head and refinement meet (Algorithm 1).
+
+    python sample.py                                        the newest run under out/, 10 images a class
+    python sample.py --refine default                       the same with refined conditions
+    python sample.py --classes 3 7 --n 20 --cfg_scale 2     two classes, guided
+    python sample.py --n 5000 --out s.npz                   for evaluate.py: arr_0 uint8 NHWC, arr_1 labels
+    python sample.py --inpaint x.png --mask m.png           a mar model fills the white part of the mask
+
+Image k of a seed is the same at any batch size. A `Recipe` says how images are drawn, a `Drawer` draws them;
+evaluate.py imports both, so that what is measured is what you draw here.
+"""
+import hashlib
+import json
+import random
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+import data as datasets
+from data import Parser, centre_crop, image_grid, number, patchify, run, to_uint8, unpatchify
+from diffloss import SOLVERS, ImageNoise, Sampler
+from model import amp, find_checkpoint, load_model, pick_device, save_checkpoint
+from ot_refine import METHODS, RefineConfig, Refiner
+
+
+@dataclass
+class Recipe:
+    """How images are drawn from a model, whichever images. Two equal recipes draw the same."""
+    sampler: Sampler = Sampler()
+    cfg_scale: float = 1.0
+    cfg_schedule: str | None = None     # None: the generator's own, mar linear, else constant
+    num_iter: int | None = None         # mar: AR steps; None: one per token
+    refine: RefineConfig = field(default_factory=lambda: RefineConfig(method="none"))
+    inverse: str = "one"                # x_hat for T^-1, only if refine.lam > 0: "one" evaluation or a "full" trajectory
+    orders: int = 0                     # mar: size of the pool of generation orders; 0: a fresh one for each image
+    m: int = 200                        # reference images per class, at most
+    ref_split: str = "train"
+    n_cal: int = 200                    # images per class and order that calibrate frozen mode
+
+    @property
+    def refined(self):
+        return bool(self.refine.stages())
+
+
+class Drawer:
+    """Draws images of a model by a recipe; with refinement, after `calibrate` (frozen) or `set_targets` (coupled).
+
+    classes: the labels that may be drawn. Raises ValueError where model and recipe do not fit each other.
+    """
+
+    def __init__(self, model, recipe, classes):
+        self.model, self.recipe, self.classes, self.refiner, self.coupled = model, recipe, list(classes), None, False
+        self.device, kind, N = next(model.parameters()).device, model.cfg.kind, model.cfg.n_tokens
+        if recipe.num_iter and (kind != "mar" or recipe.num_iter > N):
+            raise ValueError(f"--num_iter {recipe.num_iter}: this is a {kind} model of {N} tokens; only mar has a choice, "
+                             "of at most one step per token")
+        if recipe.refined and kind == "cdm":
+            raise ValueError("--refine: a cdm model has one fixed condition per image and no AR chain, so there is nothing to refine")
+        if recipe.refined and recipe.refine.lam > 0 and not model.cfg.inverse:
+            raise ValueError("--lam above 0 needs T^-1, but this model was trained with --no-inverse")
+        # CHOICE(orders): a mar condition depends on which patches are known, so refined chains draw their orders from a
+        # pool of S and image k has a fixed one of them. Alternative: pooled targets under fresh orders. Flag: --orders.
+        if recipe.refined and kind == "mar" and not recipe.orders:
+            raise ValueError("--orders 0 with --refine: targets need a pool of generation orders; use --orders 1 or more")
+        self.pool = torch.rand(recipe.orders, N, generator=torch.Generator().manual_seed(0)).argsort(1) \
+            if kind == "mar" and recipe.orders else None
+
+    def set_targets(self, tokens_of):
+        """Particles of P_c* for every class, order and AR step. tokens_of(y, m) -> (<= m, N, D) of real images."""
+        targets, weights = ideal_conditions(self.model, tokens_of, self.classes, self.recipe.m, self.pool, self.recipe.num_iter)
+        self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights), True
+
+    def calibrate(self, tokens_of, batch_size=1000, progress=iter):
+        """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own."""
+        self.set_targets(tokens_of)
+        S, n = max(self.recipe.orders, 1), self.recipe.n_cal
+        group = torch.arange(len(self.classes) * S).repeat_interleave(n)
+        y = torch.tensor(self.classes)[group // S]
+        for part in progress(torch.arange(len(group)).split(max(1, batch_size // n) * n)):
+            refine = self.refiner.calibrate(group[part].to(self.device))
+            self._draw(y[part], part.tolist(), -1, group[part] % S, refine)          # seed -1: noise that no --seed draws
+        self.coupled = False
+
+    def __call__(self, y, index, seed, inpaint=None):
+        """Tokens (B, N, D) of the images `index` of the seed, of classes y (B,)."""
+        slot = torch.tensor([random.Random(int(k)).randrange(max(self.recipe.orders, 1)) for k in index])
+        refine = None
+        if self.recipe.refined:
+            if self.refiner is None:
+                raise ValueError("this recipe refines: call calibrate or set_targets first")
+            number = torch.tensor([self.classes.index(int(k)) for k in y])
+            refine = self.refiner.bind((number * max(self.recipe.orders, 1) + slot).to(self.device), self.coupled)
+        return self._draw(y, index, seed, slot, refine, inpaint)
+
+    def _draw(self, y, index, seed, slot, refine, inpaint=None):
+        recipe, noise = self.recipe, ImageNoise(seed, index, self.device)
+        options = {"cfg_scale": recipe.cfg_scale}
+        if recipe.cfg_schedule:
+            options["cfg_schedule"] = recipe.cfg_schedule
+        if self.model.cfg.kind == "mar":
+            options["num_iter"] = recipe.num_iter
+        if self.pool is not None:
+            options["order"] = self.pool[slot].to(self.device)
+        if inpaint:
+            x, fill, n_known = inpaint
+            order = (noise.rand(self.model.cfg.n_tokens) + fill).argsort(1)          # known positions (below 1) come first
+            options.update(x=x.expand(len(y), -1, -1), order=order, n_known=n_known)
+        if refine is not None:
+            whole = recipe.inverse == "full"
+            options["refine"] = lambda i, c, inverse: refine(i, c, lambda c: inverse(c, full=whole))
+        with torch.no_grad(), amp(self.device):
+            return self.model.generate(y.to(self.device), noise, recipe.sampler, **options)
+
+
+@torch.no_grad()
+def ideal_conditions(model, tokens_of, classes, m, pool=None, num_iter=None, batch=256):
+    """Particles of P_c*: teacher-forced conditions of at most m real images per class -> (targets, weights) of a Refiner.
+
+    CHOICE(target): the ideal condition is what the transformer computes from an error-free context, so that P_c
+    differs from P_c* by exposure bias alone. Alternative: a buffer of the conditions met in training.
+    The group of class number k and order s is k S + s. One (G, P_i, m, C) per AR step, None for step 0, whose condition
+    depends on the class alone and has no error; weights (G, m) are zero where a class has fewer than m images.
+    """
+    device, S = next(model.parameters()).device, 1 if pool is None else len(pool)
+    tokens = [tokens_of(y, m).to(device) for y in classes]
+    for y, x in zip(classes, tokens):
+        if len(x) == 0:
+            raise ValueError(f"no reference image of class {y}: refinement needs at least one per class (better 100)")
+    m = max(len(x) for x in tokens)                                                     # no padding where it is not needed
+    weights = torch.zeros(len(classes), S, m, device=device)
+    targets = [[] for _ in model.chain(num_iter)]
+    for k, (y, x) in enumerate(zip(classes, tokens)):
+        weights[k, :, :len(x)] = 1
+        for s in range(S):
+            options = {} if pool is None else {"num_iter": num_iter}
+            with amp(device):
+                c = torch.cat([model.conditions(part, torch.full((len(part),), y, device=device), **options,
+                                                **({} if pool is None else {"order": pool[s].to(device).expand(len(part), -1)}))
+                               for part in x.split(batch)]).float()                     # (m_y, N, C)
+            c = F.pad(c, (0, 0, 0, 0, 0, m - len(c)))
+            for i, (a, b) in enumerate(model.chain(num_iter)):
+                targets[i].append((c[:, a:b] if pool is None else c[:, pool[s, a:b]]).transpose(0, 1))
+    return [None, *(torch.stack(t) for t in targets[1:])], weights.flatten(0, 1)
+
+
+def reference_tokens(facts, split, data_dir=None):
+    """tokens_of(y, m) for `ideal_conditions`, from the data set that a checkpoint was trained on."""
+    dataset = datasets.load(facts["dataset"], data_dir or facts["data_dir"], facts["size"], facts["patch"])
+    images = getattr(dataset, split)
+    return lambda y, m: patchify(images.batch(images.of_class(y, m))[0], facts["patch"])
+
+
+# ---------------------------------------------------------------- command line
+
+def parse_args(argv=None):
+    p = Parser(description="Draw images from a checkpoint.")
+    p.add_argument("--ckpt", help="a checkpoint file or a run directory (default: the newest under out/)")
+    p.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
+    p.add_argument("--n", type=number(int, 1), help="images in all, shared out evenly (default: 10 a class)")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise")
+    p.add_argument("--batch_size", type=number(int, 1), default=500, help="images at once")
+    p.add_argument("--out", help=".png for a grid, .npz for arrays (default: sample.png beside the checkpoint)")
+    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    p.add_argument("--inpaint", metavar="IMAGE", help="mar: an image of which the masked part is filled in")
+    p.add_argument("--mask", help="white where --inpaint is to be filled")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
+    add_drawing_flags(p)
+    return p.parse_args(argv)
+
+
+def add_drawing_flags(p):
+    """The flags that make_recipe and prepare_refinement read: evaluate.py has the same."""
+    p.add_argument("--solver", choices=SOLVERS, default="dpm++", help="ddpm: ancestral; ddim; dpm++: DPM-Solver++(2M)")
+    p.add_argument("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the denoiser per patch")
+    p.add_argument("--steps_late", type=number(int, 1, 1000), help="anneal from --steps to this over the chain")
+    p.add_argument("--ddim_eta", type=number(float, 0, 1), default=0.0, help="ddim: 0 deterministic, 1 as random as ddpm")
+    p.add_argument("--temperature", type=number(float, 0), default=1.0, help="multiplies the noise")
+    p.add_argument("--x0_bound", type=number(float, 0), help="bound of |x0|, 0 = off (default: the data's range)")
+    p.add_argument("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
+    p.add_argument("--cfg_scale", type=number(float, 0), default=1.0, help="classifier-free guidance, 1 = off")
+    p.add_argument("--cfg_schedule", choices=("constant", "linear"), help="over the chain (default: mar linear, else constant)")
+    r = p.add_argument_group("refinement", "Algorithm 1; see the README. Unset flags take the tuned setting.")
+    r.add_argument("--refine", choices=("default", *METHODS), default="none", help="what moves the conditions")
+    r.add_argument("--strength", type=number(float, 0), help="the dial from diversity to fidelity: multiplies eta")
+    r.add_argument("--K", type=number(int, 0), help="JKO steps per AR step; 0 = none")
+    r.add_argument("--eta", type=number(float, 0), help="JKO step size")
+    r.add_argument("--reg", type=number(float, 1e-6), help="entropic weight over the mean cost")
+    r.add_argument("--lam", type=number(float, 0), help="weight of the inverse-process term")
+    r.add_argument("--inverse", choices=("one", "full"), default="one", help="x_hat for T^-1: one evaluation, or a whole trajectory")
+    r.add_argument("--rank", type=number(int, 0), help="transport in so many principal directions, 0 = all")
+    r.add_argument("--pooled", action="store_true", default=None, help="one transport problem for all classes")
+    r.add_argument("--biased", dest="debias", action="store_false", default=None, help="entropic map without debiasing")
+    r.add_argument("--explicit", dest="implicit", action="store_false", default=None, help="explicit instead of implicit JKO steps")
+    r.add_argument("--coupled", action="store_true", help="literal Algorithm 1: plans between the images of a batch")
+    r.add_argument("--m", type=number(int, 1), default=200, help="reference images per class, at most")
+    r.add_argument("--ref_split", choices=("train", "heldout"), default="train", help="where reference images come from")
+    r.add_argument("--n_cal", type=number(int, 8), default=200, help="images per class (and order) that calibrate frozen mode")
+    r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, 0 = a fresh one per image "
+                   "(default: 1 with refinement, else 0)")
+    r.add_argument("--data_dir", help="folder data sets: where the reference images are (default: as in training)")
+
+
+def make_recipe(args, kind, x0_bound):
+    """The Recipe of the flags."""
+    options = {k: getattr(args, k) for k in ("strength", "K", "eta", "reg", "lam", "rank", "pooled", "debias", "implicit")
+               if getattr(args, k) is not None}
+    refine = RefineConfig(**options) if args.refine == "default" else RefineConfig(method=args.refine, **options)
+    orders = args.orders if args.orders is not None else int(kind == "mar" and bool(refine.stages()))
+    bound = x0_bound if args.x0_bound is None else args.x0_bound or None
+    sampler = Sampler(args.solver, args.steps, args.steps_late, args.ddim_eta, args.temperature, bound)
+    return Recipe(sampler, args.cfg_scale, args.cfg_schedule, args.num_iter, refine, args.inverse, orders, args.m, args.ref_split, args.n_cal)
+
+
+def newest_run(root="out"):
+    found = sorted(Path(root).rglob("ckpt.pt"), key=lambda f: f.stat().st_mtime)
+    if not found:
+        raise ValueError(f"no checkpoint under {root}/; train one with: python train.py, or give --ckpt")
+    return found[-1]
+
+
+def class_ids(wanted, names):
+    """Class numbers of names or numbers; ValueError names the unknown and the known."""
+    ids = []
+    for word in wanted or names:
+        if word in names:
+            ids.append(names.index(word))
+        elif word.isdigit() and int(word) < len(names):
+            ids.append(int(word))
+        else:
+            raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
+    return ids
+
+
+def read_inpaint(args, facts, kind, device):
+    """(tokens (1, N, D), which to fill (N,), how many are known) of --inpaint and --mask."""
+    if kind != "mar":
+        raise ValueError(f"--inpaint needs a mar model: a {kind} model cannot condition on an arbitrary part of an image")
+    if not args.mask:
+        raise ValueError("--inpaint needs --mask, white where the image is to be filled")
+    if args.refine != "none":
+        raise ValueError("--inpaint cannot be refined: targets are computed for whole generation orders; use --refine none")
+    mode = "L" if facts["channels"] == 1 else "RGB"
+    image, mask = (np.array(centre_crop(Image.open(f).convert(m), facts["size"])) for f, m in ((args.inpaint, mode), (args.mask, "L")))
+    to_tokens = lambda a: patchify(torch.from_numpy(a).float().reshape(1, facts["size"], facts["size"], -1).permute(0, 3, 1, 2), facts["patch"])
+    x = (to_tokens(image) / 127.5 - 1).to(device)
+    fill = (to_tokens(mask) > 127).any(-1)[0].to(device)                 # a token that the mask touches is filled whole
+    if not fill.any():
+        raise ValueError(f"--mask {args.mask} has no white pixel: nothing to fill")
+    return x, fill, int((~fill).sum())
+
+
+def prepare_refinement(drawer, args, state, path):
+    """Coupled: compute the targets. Frozen: load refine.pt if it was made for exactly this, else calibrate and save it."""
+    tokens_of = lambda y, m: reference_tokens(state["data"], args.ref_split, args.data_dir)(y, m)
+    if args.coupled:
+        return drawer.set_targets(tokens_of)
+    file = path.parent / "refine.pt"
+    weights = hashlib.sha256(b"".join(v.flatten()[:4096].cpu().numpy().tobytes() for v in state["ema"].values()))
+    made_for = {"checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes, **asdict(drawer.recipe)}
+    made_for = json.loads(json.dumps(made_for))                                         # tuples become lists, as when read back
+    if file.exists():
+        saved = torch.load(file, map_location=drawer.device, weights_only=True)
+        differs = [k for k, v in made_for.items() if saved["made_for"].get(k) != v]
+        if not differs:
+            drawer.refiner = Refiner.load(saved["refiner"])
+            return
+        print(f"{file} was calibrated for another {', '.join(differs)}: calibrating anew")
+    began = time.time()
+    drawer.calibrate(tokens_of, max(args.batch_size, args.n_cal), lambda it: tqdm(it, desc="calibrating", unit="batch", disable=None))
+    save_checkpoint(file, {"made_for": made_for, "refiner": drawer.refiner.state_dict()})
+    print(f"calibrated with {args.n_cal} images per class in {time.time() - began:.0f} s -> {file} ({drawer.refiner.nbytes() / 2**20:.1f} MiB)")
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    path = find_checkpoint(args.ckpt) if args.ckpt else newest_run()
+    model, state = load_model(path, device)
+    facts, names = state["data"], state["data"]["class_names"]
+    out = Path(args.out) if args.out else path.parent / "sample.png"
+    if out.suffix not in (".png", ".npz"):
+        raise ValueError(f"--out {out}: expected a name that ends in .png or .npz")
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists; choose another --out or add --overwrite")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}")
+    ids = torch.tensor(class_ids(args.classes, names))
+    recipe = make_recipe(args, model.cfg.kind, facts["x0_bound"])
+    # few classes: calibrate all of them, so that one calibration serves any --classes
+    drawer = Drawer(model, recipe, range(len(names)) if len(names) <= 50 else ids.unique().tolist())
+    inpaint = read_inpaint(args, facts, model.cfg.kind, device) if args.inpaint else None
+    if recipe.refined:
+        prepare_refinement(drawer, args, state, path)
+
+    n = args.n or 10 * len(ids)
+    labels = ids[torch.arange(n) % len(ids)]                             # image k: its class depends on k alone
+    index = torch.argsort(labels, stable=True)                           # class by class, so that batches hold few classes
+    images = np.empty((n, facts["size"], facts["size"], facts["channels"]), dtype=np.uint8)
+    began = time.time()
+    with tqdm(total=n, desc="sampling", unit="image", disable=None) as bar:
+        for part in index.split(args.batch_size):
+            x = drawer(labels[part], part.tolist(), args.seed, inpaint)
+            images[part.numpy()] = to_uint8(unpatchify(x, facts["patch"]))
+            bar.update(len(part))
+    seconds = time.time() - began
+    if out.suffix == ".npz":
+        np.savez_compressed(out, arr_0=images, arr_1=labels.numpy())
+    else:
+        image_grid(images[index.numpy()], columns=max(1, min(10, n // len(ids) or n))).save(out)
+    calls = model.head_calls(recipe.sampler, recipe.num_iter) * (1 if recipe.cfg_scale == 1 else 2)
+    print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} images/s), {calls} denoiser calls per image -> {out}")
+
+
+if __name__ == "__main__":
+    run(main)
