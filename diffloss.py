@@ -287,7 +287,7 @@ class Sampler:
       deterministic solvers, which have no other.
     x0_bound: |x0| <= x0_bound in every step; None reproduces MAR exactly.
     """
-    solver: str = "dpm++"
+    solver: str = "ddpm"
     steps: int = 25
     steps_late: int | None = None
     eta: float = 0.0

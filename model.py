@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffloss import DenoisingMLP, DiffLoss, Sampler, T_TRAIN, TimeEmbedding, modulate
-from ot_refine import InverseMap
+from ot_refine import ConditionBuffer, InverseMap
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Config:
     diffusion_batch_mul: int = 4    # each token is used so often per step, with fresh t and noise
     n_class_tokens: int = 64        # mar: copies of the class token in front of the sequence
     inverse: bool = False           # train T^-1 beside the model (CHOICE inverse)
+    buffer: int = 0                 # keep so many conditions per class and position (CHOICE target, the alternative)
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -72,9 +73,10 @@ PRESETS = {
     "cdm-l": dict(kind="cdm", n_layer=24, n_head=16, n_embd=1024),
     "cdm-xl": dict(kind="cdm", n_layer=28, n_head=16, n_embd=1152),
     # equal within 5 %, for a CPU
-    "gpt-tiny": dict(kind="ar", n_layer=4, n_head=4, n_embd=64, head_depth=2, head_width=128, dropout=0.0, inverse=True),
-    "mar-tiny": dict(kind="mar", n_layer=2, n_head=4, n_embd=72, head_depth=2, head_width=128, dropout=0.0, n_class_tokens=4, inverse=True),
-    "cdm-tiny": dict(kind="cdm", n_layer=4, n_head=4, n_embd=80, dropout=0.0),
+    "gpt-tiny": dict(kind="ar", n_layer=4, n_head=4, n_embd=64, head_depth=2, head_width=128, dropout=0.05, inverse=True, buffer=64),
+    "mar-tiny": dict(kind="mar", n_layer=2, n_head=4, n_embd=72, head_depth=2, head_width=128, dropout=0.05,
+                     n_class_tokens=4, inverse=True, buffer=64),
+    "cdm-tiny": dict(kind="cdm", n_layer=4, n_head=4, n_embd=80, dropout=0.05),
 }
 
 
@@ -224,6 +226,8 @@ class Generator(nn.Module):
             self.diffloss = DiffLoss(DenoisingMLP(cfg.token_dim, cfg.n_embd, cfg.head_width, cfg.head_depth))
             if cfg.inverse:
                 self.inverse = InverseMap(cfg.token_dim, cfg.n_embd, cfg.n_tokens)
+            if cfg.buffer:
+                self.buffer = ConditionBuffer(cfg.num_classes, cfg.n_tokens, cfg.buffer, cfg.n_embd)
 
     @property
     def num_params(self):
@@ -242,13 +246,15 @@ class Generator(nn.Module):
     def with_null(self, y, drop):
         return torch.where(drop, self.cfg.num_classes, y)
 
-    def head_loss(self, x, c, pos, draws):
+    def head_loss(self, x, c, pos, y, draws):
         """[mean diffusion loss, loss of T^-1] of x (B, n, D) under c (B, n, C) at positions pos (B, n)."""
         # c is broadcast, not repeated: its projection is computed once for its `mul` uses
         loss = self.diffloss(x[:, :, None], c[:, :, None], draws["t"], draws["eps"]).mean()    # (B, n, mul)
         # CHOICE(inverse): T^-1 regresses c_i from (x_i, i) beside the model; it sees c, but c does not see it.
         # Alternative: the paper leaves it undefined. Flag: --no-inverse.
         inverse = self.inverse.loss(x, pos, c.detach()) if self.cfg.inverse else torch.zeros_like(loss)
+        if self.cfg.buffer and self.training:
+            self.buffer.push(c.detach(), pos, y)
         return torch.stack([loss, inverse])
 
     def draw_patches(self, i, n_steps, c, c_null, cfg_scale, sampler, noise, pos, refine):
@@ -326,9 +332,9 @@ class AR(Generator):
         return self.norm(h)
 
     def loss(self, x, y, draws):
-        c = self.conditions(x, self.with_null(y, draws["drop"]))
+        y = self.with_null(y, draws["drop"])
         pos = torch.arange(self.cfg.n_tokens, device=x.device).expand(len(x), -1)
-        return self.head_loss(x, c, pos, draws)
+        return self.head_loss(x, self.conditions(x, y), pos, y, draws)
 
     forward = loss                                                                      # what DDP calls
 
@@ -462,8 +468,9 @@ class MAR(Generator):
     def loss(self, x, y, draws):
         order, n = draws["order"], draws["t"].shape[1]
         known, masked = order[:, :-n], order[:, -n:]
-        c = self.step_conditions(gather(x, known), known, self.with_null(y, draws["drop"]))
-        return self.head_loss(gather(x, masked), gather(c, masked), masked, draws)
+        y = self.with_null(y, draws["drop"])
+        c = self.step_conditions(gather(x, known), known, y)
+        return self.head_loss(gather(x, masked), gather(c, masked), masked, y, draws)
 
     forward = loss
 

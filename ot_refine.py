@@ -681,6 +681,42 @@ def _principal(y, w, rank):
     return mean, torch.linalg.eigh(cov)[1][:, -min(rank, y.shape[-1]):].flip(-1).to(y)
 
 
+class ConditionBuffer(nn.Module):
+    """The paper's other source of targets: conditions collected during training, per class and position.
+
+    A ring of `m` per (class, position): FIFO if decay = 0, else each entry is an exponential moving average of those
+    that fell on it. store (num_classes + 1, n_positions, m, C) float16; count (num_classes + 1, n_positions), how many
+    came; the last class is the null class of guidance, kept only so that no row of a batch needs sorting out.
+    """
+
+    def __init__(self, num_classes, n_positions, m, cond_dim, decay=0.0):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("store", torch.zeros(num_classes + 1, n_positions, m, cond_dim, dtype=torch.float16))
+        self.register_buffer("count", torch.zeros(num_classes + 1, n_positions, dtype=torch.long))
+
+    @torch.no_grad()
+    def push(self, c, pos, y):
+        """Adds conditions c (B, n, C) of positions pos (B, n) and classes y (B,)."""
+        key, order = (y[:, None] * self.store.shape[1] + pos).flatten().sort(stable=True)       # (B n,)
+        c = c.flatten(0, 1)[order].float()
+        rank = torch.arange(len(key), device=key.device) - torch.searchsorted(key, key)         # within its run of equal keys
+        store, count, m = self.store.flatten(0, 1), self.count.flatten(), self.store.shape[2]
+        place = count[key] + rank
+        keep = self.decay * (place >= m)[:, None]
+        store[key, place % m] = (keep * store[key, place % m] + (1 - keep) * c).half()
+        count.index_add_(0, key, torch.ones_like(key))
+
+    def targets(self):
+        """Particles (num_classes, n_positions, m, C) fp32; ValueError if some class or position has seen fewer than m."""
+        short = self.count[:-1] < self.store.shape[2]
+        if short.any():
+            k, i = short.nonzero()[0].tolist()
+            raise ValueError(f"the buffer of class {k}, position {i} holds {int(self.count[k, i])} of {self.store.shape[2]} "
+                             "conditions: train longer, or with a smaller --buffer")
+        return self.store[:-1].float()
+
+
 class InverseMap(nn.Module):
     """T^-1: the condition that a patch reveals, E[c_i given x_i], learned by regression beside the model.
 

@@ -176,7 +176,7 @@ def parse_args(argv=None):
 
 def add_drawing_flags(p):
     """The flags that make_recipe and prepare_refinement read: evaluate.py has the same."""
-    p.add_argument("--solver", choices=SOLVERS, default="dpm++", help="ddpm: ancestral; ddim; dpm++: DPM-Solver++(2M)")
+    p.add_argument("--solver", choices=SOLVERS, default="ddpm", help="ddpm: ancestral; ddim; dpm++: DPM-Solver++(2M)")
     p.add_argument("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the denoiser per patch")
     p.add_argument("--steps_late", type=number(int, 1, 1000), help="anneal from --steps to this over the chain")
     p.add_argument("--ddim_eta", type=number(float, 0, 1), default=0.0, help="ddim: 0 deterministic, 1 as random as ddpm")

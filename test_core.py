@@ -4,6 +4,7 @@ Mathematics is tested against closed forms, golden tensors and POT; behaviour th
 command line. No test asserts a time.
 """
 import ast
+import copy
 import glob
 import json
 import os
@@ -607,6 +608,17 @@ def test_a_non_finite_loss_names_the_step_the_causes_and_the_last_good_checkpoin
         data.run(train.main)
     assert "nan at about step 4" in str(stop.value) and "--lr" in str(stop.value) and "at step 2" in str(stop.value)
     assert all(v.isfinite().all() for v in weights(tmp_path / "r")["model"].values())
+
+
+def test_no_step_leaves_a_graph_behind(monkeypatch):
+    """An average that tracks gradients grows by one graph node per step and tensor until memory is full."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, FAST)])
+    args, dataset, m = train.parse_args(), data.load("digits"), build(preset("gpt-tiny", grid=4, num_classes=10))
+    ema = copy.deepcopy(m).requires_grad_(False)
+    world = type("W", (), {"size": 1, "rank": 0, "device": torch.device("cpu")})
+    loss = train.train_step(0, m, m, ema, train.make_optimizer(m, args), dataset, args, world)
+    assert not loss.requires_grad and all(p.grad_fn is None and not p.requires_grad for p in ema.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(ema.parameters(), m.parameters()))
 
 
 def test_a_finished_run_is_not_trained_again(runs, monkeypatch, capsys):
@@ -1279,6 +1291,28 @@ def test_inverse_map_learns_the_conditional_mean_and_stops_the_gradient():
         loss.backward()
         opt.step()
     assert c.grad is None and loss < .3 * c.var(), (loss, c.var())                      # linear maps by a small MLP, 300 steps
+
+
+def test_the_buffer_keeps_the_latest_conditions_of_each_class_and_position():
+    buffer, g = R.ConditionBuffer(3, 2, 4, 5), gen()
+    seen = {(k, i): [] for k in range(3) for i in range(2)}
+    for _ in range(6):
+        c, y = torch.randn(9, 2, 5, generator=g).half().float(), torch.randint(0, 4, (9,), generator=g)    # 3: the null class
+        pos = torch.stack([torch.randperm(2, generator=g) for _ in range(9)])
+        buffer.push(c, pos, y)
+        for b in range(9):
+            for j in range(2):
+                if y[b] < 3:
+                    seen[int(y[b]), int(pos[b, j])].append(c[b, j])
+    for (k, i), rows in seen.items():
+        assert buffer.count[k, i] == len(rows)
+        got = {tuple(r) for r in buffer.targets()[k, i].tolist()}
+        assert got == {tuple(r.tolist()) for r in rows[-4:]}, "float16 holds the inputs exactly"
+
+
+def test_a_buffer_that_is_not_full_says_so():
+    with pytest.raises(ValueError, match="holds 0 of 4"):
+        R.ConditionBuffer(3, 2, 4, 5).targets()
 
 
 # ================================================================ vae: KL-16

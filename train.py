@@ -31,9 +31,9 @@ from data import Parser, batch_indices, number, patchify, run
 from diffloss import ImageNoise, Sampler
 from model import PRESETS, amp, build, pick_device, preset, read_checkpoint, save_checkpoint
 
-SMALL = dict(model="gpt-tiny", steps=4000, global_batch=128, lr=2e-3, lr_schedule="cosine", warmup=200, ema_decay=0.999,
-             weight_decay=0.02, size=16, patch=4, eval_every=500)
-IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4, lr_schedule="constant", warmup=62_500,
+SMALL = dict(model="gpt-tiny", steps=4800, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
+             ema_decay=0.999, weight_decay=0.02, size=16, patch=4, eval_every=600)
+IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, diffusion_batch_mul=4, lr=8e-4, lr_schedule="constant", warmup=62_500,
                 ema_decay=0.9999, weight_decay=0.02, patch=1, eval_every=5000)
 DEFAULTS = {"digits": SMALL, "shapes": SMALL, "folder": SMALL,
             "imagenet256": {**IMAGENET, "size": 256}, "imagenet512": {**IMAGENET, "size": 512}}
@@ -50,9 +50,10 @@ def parse_args(argv=None):
     p.add_argument("--model", help=f"one of {', '.join(PRESETS)}")
     p.add_argument("--dropout", type=number(float, 0, 0.9), help="dropout in the transformer (default: the preset's)")
     p.add_argument("--class_dropout", type=number(float, 0, 1), default=0.1, help="share of labels dropped, for guidance")
-    p.add_argument("--diffusion_batch_mul", type=number(int, 1, 64), default=4, help="uses of each token per step, with fresh t and noise")
+    p.add_argument("--diffusion_batch_mul", type=number(int, 1, 64), help="uses of each token per step, with fresh t and noise")
     p.add_argument("--inverse", action="store_true", default=None, help="train T^-1 beside the model (default: the preset's)")
     p.add_argument("--no-inverse", dest="inverse", action="store_false", default=None, help="do not train T^-1")
+    p.add_argument("--buffer", type=number(int, 0), help="conditions kept per class and position for sample.py --target buffer (default: the preset's)")
     p.add_argument("--x0_bound", type=number(float, 0), help="bound of |x0| in sampling, 0 = off (default: the data's range)")
     p.add_argument("--out_dir", default="out", help="where the run lives")
     p.add_argument("--steps", type=number(int, 0), help="optimiser steps in all")
@@ -142,7 +143,10 @@ def train_step(step, model, ddp, ema, optimizer, dataset, args, world):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     decay = min(args.ema_decay, (1 + step) / (10 + step))                            # young averages forget quickly
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    with torch.no_grad():                                                            # else the average would keep every step's graph
+        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        for kept, new in zip(ema.buffers(), model.buffers()):                        # the condition buffer, not averaged
+            kept.copy_(new)
     return total
 
 
@@ -265,7 +269,7 @@ def sample_grid(path, ema, dataset, args, device):
 def main():
     args = parse_args()
     dataset = datasets.load(args.dataset, args.data_dir, args.size, args.patch, args.max_bad)
-    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse") if getattr(args, k) is not None}
+    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse", "buffer") if getattr(args, k) is not None}
     cfg = preset(args.model, token_dim=dataset.token_dim, grid=dataset.grid, num_classes=len(dataset.class_names), **options)
     world = World(args.device)
     if args.global_batch % (world.size * args.accumulate):
