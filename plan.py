@@ -6,12 +6,12 @@
 FLOPs are those of matrix products (2 per multiply-add), by torch's own counter over the real loss and the real
 sampler. Hours are FLOPs over the hardware's dense bf16 peak times UTILISATION, an assumption and no measurement.
 """
+import math
 from dataclasses import replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffloss import Sampler
 from model import build, checkpoint_blocks, preset
 
 HARDWARE = {"8 x H100": (8 * 989e12, 80), "8 x A100": (8 * 312e12, 80), "1 x RTX 4090": (165e12, 24)}    # peak FLOP/s, GB each
@@ -51,41 +51,72 @@ def memory_estimate(cfg, share, recompute=False):
     return model, 20 * model.num_params, activations * share
 
 
+def counted(fn, *args):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fn(*args)
+    return counter.get_total_flops()
+
+
+def by_layers(cfg, count):
+    """count(cfg) of a deep model from two shallow ones: FLOPs are affine in the number of layers."""
+    one, two = (count(replace(cfg, n_layer=n)) for n in (1, 2))
+    return one + (cfg.n_layer - 1) * (two - one)
+
+
 def training_flops(cfg, recompute=False):
     """FLOPs of one image in one training step, forward and backward."""
-    model = on_meta(cfg, recompute)
-    with FlopCounterMode(display=False) as count:
-        model.loss(*one_image(model)).sum().backward()
-    return count.get_total_flops()
+    def count(cfg):
+        model = on_meta(cfg, recompute)
+        with FlopCounterMode(display=False) as counter:
+            model.loss(*one_image(model)).sum().backward()
+        return counter.get_total_flops()
+    return by_layers(cfg, count)
 
 
-class Blank:
-    """Noise without content, for a chain that is only counted."""
-    randn = staticmethod(lambda *shape: torch.empty(1, *shape, device="meta"))
-    rand = randn
+def chain_flops(cfg, num_iter=None):
+    """FLOPs of the transformer over the AR steps of one image.
+
+    A step costs a quadratic in the number of known tokens (mar: attention of the encoder) or less (ar: one query on
+    the cache), so that three counted steps give all of them exactly.
+    """
+    model, N = on_meta(cfg).eval(), cfg.n_tokens
+    empty = lambda *shape, **kw: torch.empty(*shape, device="meta", **kw)
+
+    def step(a):
+        if cfg.kind == "mar":
+            return model.step_conditions(empty(1, a, cfg.token_dim), empty(1, a, dtype=torch.long), empty(1, dtype=torch.long))
+        h, cache = empty(1, 1, cfg.n_embd), empty(2, 1, cfg.n_head, N, cfg.n_embd // cfg.n_head)
+        for block in model.blocks:
+            h = block(h, model.cos[a:a + 1], model.sin[a:a + 1], cache, a)
+        return model.x_proj(empty(1, 1, cfg.token_dim))
+
+    at = sorted({0, N // 2, N - 1})
+    cost = [counted(step, a) for a in at]
+    lagrange = lambda a: sum(c * math.prod((a - z) / (x - z) for z in at if z != x) for x, c in zip(at, cost))
+    return round(sum(lagrange(a) for a, _ in model.chain(num_iter)))
 
 
 def sampling_flops(cfg, steps=100, num_iter=None, guided=True):
     """FLOPs of drawing one image: the whole chain with `steps` evaluations of the denoiser per patch."""
-    options = {"num_iter": num_iter} if cfg.kind == "mar" else {}
+    branches = 2 if guided else 1
 
-    def count(n_layer, n):
-        model = on_meta(replace(cfg, n_layer=n_layer)).eval()
-        with FlopCounterMode(display=False) as counter:
-            model.generate(torch.zeros(1, dtype=torch.long, device="meta"), Blank(), Sampler("ddim", n), 2.0 if guided else 1.0, **options)
-        return counter.get_total_flops()
+    def head(cfg, n=cfg.n_tokens):
+        x, t, c = (torch.empty(1, *shape, device="meta") for shape in ((n, cfg.token_dim), (1,), (1, cfg.n_embd)))
+        return counted(on_meta(cfg).diffloss.net, x, t, c.expand(-1, 1 if cfg.kind == "cdm" else n, -1))
     if cfg.kind == "cdm":
-        return count(cfg.n_layer, 1) * steps
-    one = count(1, 1)                                                                # affine in layers and in evaluations
-    return one + (cfg.n_layer - 1) * (count(2, 1) - one) + (steps - 1) * (count(1, 2) - one)
+        return branches * steps * by_layers(cfg, head)
+    small = replace(cfg, n_layer=1)
+    patch = head(small, 2) - head(small, 1)                                          # the time embedding is shared in a step
+    heads = cfg.n_tokens * patch + len(on_meta(small).chain(num_iter)) * (head(small, 1) - patch)
+    return branches * (by_layers(cfg, lambda cfg: chain_flops(cfg, num_iter)) + steps * heads)
 
 
 def reference_flops(cfg, num_iter=None):
-    """FLOPs of the teacher-forced conditions of one reference image, which refinement needs."""
-    model, options = on_meta(cfg).eval(), {"num_iter": num_iter} if cfg.kind == "mar" else {}
-    with FlopCounterMode(display=False) as count, torch.no_grad():
-        model.conditions(*one_image(model)[:2], **options)
-    return count.get_total_flops()
+    """FLOPs of the teacher-forced conditions of one reference image: mar takes all steps of the order, ar one pass."""
+    def count(cfg):
+        model = on_meta(cfg).eval()
+        return counted(model.conditions, *one_image(model)[:2])
+    return by_layers(cfg, (lambda cfg: chain_flops(cfg, num_iter)) if cfg.kind == "mar" else count)
 
 
 def hours(flops, hardware):
@@ -110,18 +141,18 @@ ROWS = [(name, size) for size in (256, 512) for name in ("cdm-xl", "gpt-xl", "ma
 
 
 def main():
-    print("| model | tokens | parameters | weights, gradients, AdamW, EMA | kept a 1-image pass (with --checkpoint_blocks) | images a pass on 80 GB "
-          "| FLOPs a step of 2048 | 400 epochs on 8 x H100 | 8 x A100 | FLOPs an image | 50,000 images on 8 x H100 | with refinement, m = 200 |")
+    print("| model | tokens | parameters | weights, gradients, AdamW, EMA | kept for an image (with --checkpoint_blocks) | images a pass on 80 GB "
+          "| PFLOP a step of 2048 | 400 epochs: 8 x H100 | 8 x A100 | TFLOP an image drawn | 50,000: 8 x H100 | and refined, m = 200 |")
     print("|" + "---|" * 12)
     for name, size in ROWS:
         cfg, num_iter = preset(name, grid=size // 16), 64 if name.startswith("mar") else None
         c = costs(cfg, num_iter=num_iter)
         fit = [images_that_fit(cfg, 80, recompute) for recompute in (False, True)]
         drawn = 50_000 * c["image"]
-        refined = "-" if cfg.kind == "cdm" else f"{hours(drawn + 200_000 * c['reference'], '8 x H100'):.1f} h"
+        refined = "-" if cfg.kind == "cdm" else f"{60 * hours(drawn + 200_000 * c['reference'], '8 x H100'):.0f} min"
         print(f"| {name} | {cfg.n_tokens} | {c['parameters'] / 1e6:.0f}M | {c['weights'] / 1e9:.1f} GB | {c['kept'] / 1e9:.2f} ({c['kept_recompute'] / 1e9:.2f}) GB "
-              f"| {fit[0]} ({fit[1]}) | {c['step'] / 1e15:.2f} P | {hours(c['run'], '8 x H100'):.0f} h | {hours(c['run'], '8 x A100'):.0f} h "
-              f"| {c['image'] / 1e12:.1f} T | {hours(drawn, '8 x H100'):.1f} h | {refined} |", flush=True)
+              f"| {fit[0]} ({fit[1]}) | {c['step'] / 1e15:.2f} | {hours(c['run'], '8 x H100'):.0f} h | {hours(c['run'], '8 x A100'):.0f} h "
+              f"| {c['image'] / 1e12:.1f} | {60 * hours(drawn, '8 x H100'):.0f} min | {refined} |", flush=True)
 
 
 if __name__ == "__main__":

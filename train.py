@@ -31,6 +31,7 @@ import data as datasets
 from data import Parser, batch_indices, number, patchify, run
 from diffloss import ImageNoise, Sampler
 from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint
+from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
 SMALL = dict(model="gpt-tiny", steps=4000, global_batch=128, lr=2e-3, lr_schedule="cosine", warmup=200, ema_decay=0.999,
              weight_decay=0.02, size=16, patch=4, eval_every=500)
@@ -190,28 +191,10 @@ def resume(path, model, ema, optimizer, dataset, args):
     return state["step"]
 
 
-def memory_estimate(cfg, share):
-    """(model on the meta device, bytes of weights, gradients, Adam and EMA in fp32, bytes that autograd keeps for `share` images)."""
-    with torch.device("meta"):
-        model = build(cfg)
-    draws = {k: v.to("meta") for k, v in model.draw(1, torch.Generator().manual_seed(0)).items()}
-    kept = {}
-
-    def keep(z):
-        whole = z if z._base is None else z._base                                    # views share memory; weights are counted already
-        if not isinstance(whole, torch.nn.Parameter):
-            kept[id(whole)] = whole
-        return z
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):
-        model.loss(torch.empty(1, cfg.n_tokens, cfg.token_dim, device="meta"), torch.empty(1, dtype=torch.long, device="meta"), draws)
-    activations = sum(z.numel() * z.element_size() for z in kept.values())
-    return model, 20 * model.num_params, activations * share
-
-
 def describe(cfg, dataset, args, world):
     """Print what will be trained and what it takes; returns the bytes of weights and optimiser."""
     share = args.global_batch // world.size // args.accumulate
-    model, weights, activations = memory_estimate(cfg, share)
+    model, weights, activations = memory_estimate(cfg, share, args.checkpoint_blocks)
     half = " (about half of it under bf16)" if world.device.type == "cuda" else ""
     if args.dry_run:
         print(json.dumps({**vars(args), "config": asdict(cfg), "data": dataset.facts}, indent=2))
@@ -220,6 +203,14 @@ def describe(cfg, dataset, args, world):
           f"{len(dataset.class_names)} classes")
     print(f"memory per process: {weights / 2**30:.2f} GiB weights, gradients, AdamW and EMA + about {activations / 2**30:.2f} GiB "
           f"activations at {share} images a pass{half}")
+    if args.dry_run:
+        step = training_flops(cfg, args.checkpoint_blocks) * args.global_batch
+        num_iter = min(64, cfg.n_tokens) if cfg.kind == "mar" else None
+        image = sampling_flops(cfg, num_iter=num_iter)
+        each = lambda flops: ", ".join(f"{hours(flops, name):.3g} h on {name}" for name in HARDWARE)
+        print(f"training: {step / 1e12:.4g} TFLOP a step; {args.steps} steps take about {each(step * args.steps)}")
+        print(f"sampling, guided, 100 evaluations a patch{f', {num_iter} AR steps' if num_iter else ''}: {image / 1e12:.4g} TFLOP an image; "
+              f"50,000 take about {each(50_000 * image)} (at {UTILISATION:.0%} of the peak: an assumption)")
     return weights
 
 
