@@ -37,12 +37,17 @@ def one_image(model):
 
 
 def memory_estimate(cfg, share, recompute=False):
-    """(model on the meta device, bytes of weights, gradients, Adam and EMA in fp32, bytes that autograd keeps for `share` images)."""
+    """(model on the meta device, bytes of weights, gradients, Adam and EMA in fp32, bytes that autograd keeps for `share` images).
+
+    With recompute, add what one block keeps.
+    """
     model, kept = on_meta(cfg, recompute), {}
 
     def keep(z):
         whole = z if z._base is None else z._base                                    # views share memory; weights are counted already
-        if not isinstance(whole, torch.nn.Parameter):
+        # a square per head is an attention matrix, which no fused kernel keeps; the meta device has none
+        square = z.dim() in (3, 4) and z.shape[-1] == z.shape[-2] and cfg.n_head in z.shape[:2]
+        if not square and not isinstance(whole, torch.nn.Parameter):
             kept[id(whole)] = whole
         return z
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):

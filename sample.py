@@ -7,7 +7,7 @@
     python sample.py --inpaint x.png --mask m.png           a mar model fills the white part of the mask
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes "golden retriever" --solver ddpm \
         --steps 100 --num_iter 64 --cfg_scale 2.9           MAR's released weights
-    torchrun --nproc_per_node 8 sample.py --n 50000 --out s.npz   the same on 8 GPUs, each a share of the classes
+    torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz   the same on 8 GPUs, each a share (mind the --)
 
 Image k of a seed is the same at any batch size. A `Recipe` says how images are drawn, a `Drawer` draws them;
 evaluate.py imports both, so that what is measured is what you draw here.

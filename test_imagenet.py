@@ -3,10 +3,7 @@ import argparse
 import json
 import math
 import os
-import signal
 import struct
-import time
-import warnings
 
 import numpy as np
 import pytest
@@ -62,7 +59,7 @@ def test_the_cache_holds_the_moments_of_each_crop_and_of_its_mirror_image(tmp_pa
     for k in (0, 7, 19):
         image = torch.from_numpy(data.read_image(files[k][0], SIDE)).permute(2, 0, 1)[None].float() / 127.5 - 1
         for flip, view in enumerate((image, image.flip(-1))):
-            assert relative(torch.from_numpy(moments(k, flip)[None]).float(), net.moments(view)) < 1e-3      # float16
+            assert relative(torch.tensor(moments(k, flip)[None]).float(), net.moments(view)) < 1e-3      # float16
         assert index[k].tolist() == [files[k][1], int(k % 10 == 9)]
     assert not list((tmp_path / "c").glob("*.tmp"))
 
@@ -99,10 +96,7 @@ def test_unreadable_images_are_left_out_of_the_cache_by_name(tmp_path, vae_files
         load(root, vae_files[0], tmp_path / "c")
     d = load(root, vae_files[0], tmp_path / "c", max_bad=0.2)            # goes on from the shards that are there
     assert len(d.train) + len(d.heldout) == 19 and "2.png" in capsys.readouterr().err
-    clean = make_folder(tmp_path / "g", per_class=10, size=12)
-    (clean / "cat" / "2.png").unlink()
-    assert torch.equal(d.train.batch(range(8))[0][2:], load(clean, vae_files[0], tmp_path / "e").train.batch(range(8))[0][2:] * d.tokeniser.scale
-                       / load(clean, vae_files[0], tmp_path / "e").tokeniser.scale) or len(d.train) == 17
+    assert len(d.heldout) == 2 and d.train.labels.tolist() == [0] * 8 + [1] * 9, "labels stay with their images"
 
 
 def test_imagenet_uses_its_val_folder_or_holds_out_one_in_a_hundred_and_has_readable_class_names(tmp_path, vae_files):
@@ -162,7 +156,7 @@ def test_mar_s_one_npz_per_image_is_read_as_it_is(tmp_path, vae_files):
     assert np.array_equal(d.train.moments(d.train.rows[3], 1), kept["n02099601", 1][1])
     with pytest.raises(ValueError, match=r"moments \(8, 4, 4\), expected \(8, 8, 8\)"):
         data.load("imagenet256", tmp_path / "m", size=16, patch=1, vae=vae_files[0])
-    next((tmp_path / "m" / "n01440764").iterdir()).write_bytes(b"PK")
+    (tmp_path / "m" / "n01440764" / "0.JPEG.npz").write_bytes(b"PK")
     with pytest.raises(ValueError, match="no latent of MAR's cache"):
         data.load("imagenet256", tmp_path / "m", size=SIDE, patch=1, vae=vae_files[0])
 
@@ -234,7 +228,6 @@ def test_samples_are_decoded_by_the_vae_of_the_training_and_by_no_other(latent_r
 
 def test_inpainting_and_refinement_work_on_latents(latent_run, vae_files, tmp_path, monkeypatch, capsys):
     run, folder, cache = latent_run
-    Image.new("L", (SIDE, SIDE), 255).crop((0, 0, SIDE, SIDE // 2)).resize((SIDE, SIDE)).save(tmp_path / "m.png")
     mask = np.zeros((SIDE, SIDE), np.uint8)
     mask[:, :4] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
@@ -255,7 +248,8 @@ def test_both_tokenisers_decode_tokens_by_the_same_rule():
 # ================================================================ many processes
 
 def torchrun(n, *argv):
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, *argv)
+    # `--`: else torchrun takes --n and --m for abbreviations of its own flags
+    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "--", *argv)
 
 
 DIES = """
@@ -385,7 +379,7 @@ def test_safetensors_are_read_without_a_package_and_warned_about(golden, tmp_pat
     read = models.read_safetensors(write_safetensors(tmp_path / "m.safetensors", {**state, "half": torch.ones(3).half()}))
     assert all(torch.equal(read[k], v) for k, v in state.items()) and read["half"].dtype == torch.float16
     with torch.device("meta"):
-        mar_b = preset("mar-b", n_layer=1, head_depth=1, grid=2, num_classes=3, n_class_tokens=2)
+        mar_b = preset("mar-b", n_layer=1, head_depth=1, head_width=64, grid=2, num_classes=3, n_class_tokens=2)
     torch.manual_seed(0)
     m = build(mar_b)
     with pytest.warns(UserWarning, match="no model_ema"):
@@ -528,10 +522,9 @@ def test_classes_are_found_by_number_id_name_or_part_of_a_name_and_an_exact_firs
 
 # ================================================================ what it takes
 
-@pytest.mark.parametrize("name, options", [("gpt-tiny", {}), ("mar-tiny", {}), ("mar-tiny", {"num_iter": 5}), ("cdm-tiny", {})])
-@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name, options, guided", [("gpt-tiny", {}, True), ("mar-tiny", {}, False), ("mar-tiny", {"num_iter": 5}, True), ("cdm-tiny", {}, True)])
 def test_flops_of_an_image_are_those_of_the_real_chain(name, options, guided):
-    cfg = preset(name, token_dim=4, grid=4)
+    cfg = preset(name, token_dim=4, grid=3)
 
     class Blank:
         randn = rand = staticmethod(lambda *shape: torch.empty(1, *shape, device="meta"))
@@ -588,12 +581,12 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_bitwise(name):
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny", "cdm-tiny"])
 def test_512_pixels_with_1024_tokens_train_and_sample(name):
-    m = tiny(name, token_dim=16, grid=32, n_embd=32, n_head=2, n_layer=1)
+    m = tiny(name, token_dim=16, grid=32, n_embd=32, n_head=2, n_layer=1, head_depth=1 if name != "cdm-tiny" else 0, inverse=False)
     x, y = torch.randn(2, 1024, 16, generator=gen()), torch.tensor([0, 1])
     loss = m.loss(x, y, m.draw(2, gen())).sum()
     loss.backward()
     options = {"num_iter": 8} if name == "mar-tiny" else {}
-    out = m.generate(y, ImageNoise(0, range(2)), Sampler(steps=2, x0_bound=5.0), 2.0, **options)
+    out = m.generate(y, ImageNoise(0, range(2)), Sampler(steps=1, x0_bound=5.0), **options)
     assert loss.isfinite() and out.shape == (2, 1024, 16) and out.isfinite().all()
 
 
