@@ -126,6 +126,8 @@ def read_ahead(files, read, batch=32):
 def finish(root, parts, class_names, vae, made_for, scale, max_bad):
     """Once all shards are there: count what cannot be read, measure the latents, write index and manifest."""
     bad = [json.loads((root / f"{k:05d}.json").read_text())["bad"] for k in range(len(parts))]
+    for left in root.glob("*.tmp"):                                      # by killed processes
+        left.unlink()
     report_unreadable([line for rows in bad for _, line in rows], sum(map(len, parts)), max_bad)
     index = np.array([(y, h) for part, rows in zip(parts, bad)
                       for j, (_, y, h) in enumerate(part) if j not in {p for p, _ in rows}], dtype=np.int32).reshape(-1, 2)

@@ -147,7 +147,7 @@ ROWS = [(name, size) for size in (256, 512) for name in ("cdm-xl", "gpt-xl", "ma
 
 def main():
     print("| model | tokens | parameters | weights, gradients, AdamW, EMA | kept for an image (with --checkpoint_blocks) | images a pass on 80 GB "
-          "| PFLOP a step of 2048 | 400 epochs: 8 x H100 | 8 x A100 | TFLOP an image drawn | 50,000: 8 x H100 | and refined, m = 200 |")
+          "| PFLOP a step of 2048 | 400 epochs: 8 x H100 | 8 x A100 | TFLOP an image drawn | 50,000: 8 x H100 | refined, m = 200 |")
     print("|" + "---|" * 12)
     for name, size in ROWS:
         cfg, num_iter = preset(name, grid=size // 16), 64 if name.startswith("mar") else None
