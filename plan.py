@@ -129,9 +129,11 @@ def hours(flops, hardware):
 
 
 def images_that_fit(cfg, gigabytes, recompute):
-    """Images a pass on one GPU under bf16, which halves what is kept; a tenth of the memory is left free."""
-    _, weights, activations = memory_estimate(cfg, 1, recompute)
-    return max(0, int((0.9 * gigabytes * 1e9 - weights) / (activations / 2)))
+    """Images a pass on one GPU; a tenth of the memory is left free. bf16 halves what is kept, but not the blocks' inputs."""
+    _, weights, kept = memory_estimate(cfg, 1)
+    if recompute:                                                                    # the inputs, and the block at work
+        kept = 2 * memory_estimate(cfg, 1, True)[2] + kept / cfg.n_layer
+    return max(0, int((0.9 * gigabytes * 1e9 - weights) / (kept / 2)))
 
 
 def costs(cfg, epochs=400, global_batch=2048, num_iter=None, steps=100):

@@ -3,6 +3,8 @@ import argparse
 import json
 import math
 import os
+import re
+import shlex
 import struct
 
 import numpy as np
@@ -647,3 +649,14 @@ def test_a_thousand_classes_are_refined_in_rounds_that_fit_the_memory(tmp_path, 
     with np.load(tmp_path / "s.npz") as z:
         assert z["arr_0"].shape == (1000, 4, 4, 3) and np.bincount(z["arr_1"]).tolist() == [1] * 1000
         assert len(np.unique(z["arr_0"].reshape(1000, -1), axis=0)) > 750
+
+
+def test_every_command_of_the_readme_is_understood():
+    text = (train.Path(__file__).parent / "README_imagenet.md").read_text().replace("\\\n", " ")
+    found = re.findall(r"(train|sample)\.py( [^`\n]*)", text)
+    refine = re.search(r"REFINE = (.*)", text)[1]
+    assert len(found) >= 9
+    for program, flags in [*found, ("sample", refine)]:
+        argv = [a for a in shlex.split(flags) if a != "..."]
+        args = {"train": train, "sample": sample}[program].parse_args(argv)
+        assert not getattr(args, "model", None) or args.model in models.PRESETS
