@@ -232,10 +232,11 @@ def mar_config(weights, n_head, path):
 
 
 def export_mar(path, state):
-    """Write a mar checkpoint of train.py in MAR's layout; T^-1 stays behind, as MAR has none."""
+    """Write a mar checkpoint of train.py in MAR's layout; what MAR has not (T^-1, kept conditions) stays behind."""
     if state["config"]["kind"] != "mar":
         raise ValueError(f"only mar models have MAR's layout; this is a {state['config']['kind']} model")
-    parts = {theirs: {k: v for k, v in state[ours].items() if not k.startswith("inverse.")} for theirs, ours in (("model", "model"), ("model_ema", "ema"))}
+    own = ("inverse.", "buffer.")
+    parts = {theirs: {k: v for k, v in state[ours].items() if not k.startswith(own)} for theirs, ours in (("model", "model"), ("model_ema", "ema"))}
     save_checkpoint(path, {**parts, "n_head": state["config"]["n_head"]})
 
 
