@@ -1,14 +1,15 @@
 """Data sets as uint8 images with labels, their order, and the command-line manners that all programs share.
 
-Every data set offers `train` and `heldout`, each with len() and batch(indices) -> images (B, ch, H, W) in
-[-1, 1], labels (B,). Nothing here is random at run time: the order of an epoch is a function of
-(seed, epoch), so that any step can be resumed and any number of processes can share it.
+Every data set offers `train` and `heldout`, each with len() and batch(indices, key) -> images (B, ch, H, W) in
+[-1, 1] or scaled latents (B, z, h, w), labels (B,); and the tokeniser that turns one into the other. Nothing here
+is random at run time: the order of an epoch is a function of (seed, epoch), the flips and noise of latents are one
+of `key`, so that any step can be resumed and any number of processes can share it.
 
 digits    2880 handwritten digits (assets/digits.npz; E. Alpaydin, C. Kaynak 1998, UCI Machine Learning
           Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), grey, 16x16 or 32x32
 shapes    procedural colour shapes; image k is a function of k, so there are as many as you like
-folder    your own images: root/class/*.png
-imagenet256, imagenet512   latents of KL-16 (see vae.py)
+folder    your own images: root/class/*.png, as pixels or, with a VAE, as latents
+imagenet256, imagenet512   latents of KL-16 (vae.py), encoded once into a cache (latents.py)
 """
 import argparse
 import difflib
@@ -22,6 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
+
+import latents
+from vae import KL16, KL16_SCALE, Identity, load_kl16
 
 ASSETS = Path(__file__).parent / "assets"
 DATASETS = ("digits", "shapes", "folder", "imagenet256", "imagenet512")
@@ -87,7 +91,7 @@ class ImageArray:
     def __len__(self):
         return len(self.images)
 
-    def batch(self, indices):
+    def batch(self, indices, key=None):
         indices = torch.as_tensor(indices)
         images = torch.from_numpy(self.images[indices.numpy()]).permute(0, 3, 1, 2)
         return images.float() / 127.5 - 1, self.labels[indices]
@@ -110,7 +114,7 @@ class Shapes:
     def __len__(self):
         return self.n
 
-    def batch(self, indices):
+    def batch(self, indices, key=None):
         images, labels = zip(*(self.draw(int(k)) for k in indices))
         return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, torch.tensor(labels)
 
@@ -161,20 +165,41 @@ def centre_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def scan_folder(root):
+def read_image(path, size):
+    """The crop of an image file, uint8 (size, size, 3)."""
+    try:
+        with Image.open(path) as image:
+            return np.array(centre_crop(image.convert("RGB"), size))
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+
+
+def scan_folder(root, suffixes=SUFFIXES):
     """[(path, label)] and the class names of root/class/*.png, both sorted."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"--data_dir {root} is not a folder; expected {root}/<class name>/<image>.png")
     names = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     files = [(path, label) for label, name in enumerate(names)
-             for path in sorted((root / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
-    empty = [name for label, name in enumerate(names) if not any(l == label for _, l in files)]
+             for path in sorted((root / name).rglob("*")) if path.suffix.lower() in suffixes]
+    filled = {label for _, label in files}
+    empty = [name for label, name in enumerate(names) if label not in filled]
     if not files:
-        raise ValueError(f"no images under {root}; expected {root}/<class name>/*.png (or {', '.join(SUFFIXES[1:])})")
+        raise ValueError(f"no images under {root}; expected {root}/<class name>/*{suffixes[0]} (or {', '.join(suffixes[1:])})")
     if empty:
         raise ValueError(f"{root}/{empty[0]} holds no images ({len(empty)} empty class folders); remove it or fill it")
     return files, names
+
+
+def heldout_mask(labels, share):
+    """Which of the images (n,) bool are held out: `share` of each class, spread evenly over its images in order."""
+    labels, every = np.asarray(labels), round(1 / share)
+    count = np.bincount(labels)
+    order = np.argsort(labels, kind="stable")
+    rank = np.empty(len(labels), dtype=int)
+    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(count) - count, count)
+    held = rank % every == every - 1
+    return held if held.any() else rank == count[labels] - 1              # small classes: the last of each
 
 
 def load_folder(root, size, max_bad, heldout_share=0.1):
@@ -183,23 +208,13 @@ def load_folder(root, size, max_bad, heldout_share=0.1):
     images, labels, bad = [], [], []
     for path, label in tqdm(files, desc="reading images", leave=False, disable=len(files) < 500):
         try:
-            with Image.open(path) as image:
-                images.append(np.asarray(centre_crop(image.convert("RGB"), size)))
+            images.append(read_image(path, size))
             labels.append(label)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError) as error:
             bad.append(f"{path}: {error}")
-    if bad:
-        print(f"WARNING: {len(bad)} of {len(files)} images cannot be read and are left out:", *bad[:10], sep="\n  ", file=sys.stderr)
-        if len(bad) > max_bad * len(files):
-            raise ValueError(f"{len(bad)} of {len(files)} images under {root} cannot be read (first: {bad[0]}), "
-                             f"more than --max_bad {max_bad:g} allows; repair or remove them")
+    latents.report_unreadable(bad, len(files), max_bad)
     images, labels = np.stack(images), np.array(labels)
-    # the held-out share of each class is spread evenly over its sorted files
-    rank = np.concatenate([np.arange((labels == c).sum()) for c in range(len(names))])
-    every = round(1 / heldout_share)
-    held = rank % every == every - 1
-    if not held.any():
-        held = rank == np.array([(labels == c).sum() - 1 for c in range(len(names))])[labels]
+    held = heldout_mask(labels, heldout_share)
     for c, name in enumerate(names):
         if not ((labels == c) & ~held).any():
             raise ValueError(f"class {name!r} under {root} has {(labels == c).sum()} readable image(s): "
@@ -219,21 +234,29 @@ class Data:
     patch: int                      # pixels of a token's side
     x0_bound: float | None = 1.0    # tokens lie within +- this
     facts: dict = field(default_factory=dict)
+    tokeniser: object = None        # vae.Identity or vae.KL16: what decodes the tokens
 
     @property
     def token_dim(self):
-        return self.channels * self.patch ** 2
+        return self.tokeniser.channels
 
     @property
     def grid(self):
-        return self.size // self.patch
+        return self.size // self.tokeniser.stride
+
+    def decode(self, x):
+        """Tokens (B, N, D) -> images (B, ch, H, W), about [-1, 1]."""
+        return self.tokeniser.decode(unpatchify(x, 1))
 
 
-def load(name, data_dir=None, size=16, patch=4, max_bad=0.01):
-    """A Data by name. Raises ValueError for a bad size, path or file."""
-    if name.startswith("imagenet"):
-        raise ValueError(f"--dataset {name} trains on latents of KL-16: it needs --data_dir <ImageNet>/train (1000 folders) and "
-                         "--vae kl16.ckpt; the latent path is not part of this version yet. For your own images use --dataset folder")
+def load(name, data_dir=None, size=16, patch=4, max_bad=0.01, vae=None, cache_dir=None, device="cpu", plan=False):
+    """A Data by name. Raises ValueError for a bad size, path or file.
+
+    vae: path of kl16.ckpt; then the tokens are its latents, encoded on `device` into cache_dir unless they are there.
+    plan: describe the data set only; nothing is encoded, and ImageNet need not be there.
+    """
+    if vae or name.startswith("imagenet"):
+        return load_latents(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan)
     if size % patch:
         raise ValueError(f"--size {size} must be a multiple of --patch {patch}")
     if name == "digits":
@@ -247,7 +270,7 @@ def load(name, data_dir=None, size=16, patch=4, max_bad=0.01):
     else:
         raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     facts = {"dataset": name, "size": size, "channels": channels, "patch": patch, "n_train": len(train), "n_heldout": len(heldout)}
-    return Data(name, train, heldout, [str(n) for n in names], size, channels, patch, facts=facts)
+    return Data(name, train, heldout, [str(n) for n in names], size, channels, patch, facts=facts, tokeniser=Identity(patch, channels))
 
 
 def load_digits(size):
@@ -259,6 +282,117 @@ def load_digits(size):
         bits = bits.reshape(-1, 16, 2, 16, 2).mean((2, 4))
     images = np.round(255 * bits).astype(np.uint8)[..., None]
     return (*(ImageArray(images[split == s], labels[split == s]) for s in (0, 1)), range(10), 1)
+
+
+# ---------------------------------------------------------------- latents
+
+def imagenet_classes():
+    """[(folder, names)] of the 1000 classes in the standard order: ("n01440764", "tench, Tinca tinca") ..."""
+    return [tuple(line.split(" ", 1)) for line in (ASSETS / "imagenet_classes.txt").read_text().splitlines()]
+
+
+def open_tokeniser(facts, vae=None, device="cpu"):
+    """What decodes the tokens of a checkpoint, from its data facts: Identity, or the KL16 at path `vae`, which must be
+    the one that it was trained on."""
+    made_by = facts.get("vae")
+    if made_by is None:
+        return Identity(facts["patch"], facts["channels"])
+    if vae is None:
+        raise ValueError("this checkpoint models the latents of a VAE: give --vae kl16.ckpt to decode them")
+    tokeniser = load_kl16(vae, made_by["scale"], device)
+    if made_by["fingerprint"] not in (None, tokeniser.fingerprint()):
+        raise ValueError(f"--vae {vae} has fingerprint {tokeniser.fingerprint()[:16]}, but the checkpoint was trained on latents of "
+                         f"{made_by['fingerprint'][:16]}; give the VAE of its training")
+    return tokeniser
+
+
+def list_images(root, suffixes=SUFFIXES, heldout_share=0.01):
+    """([(path, label, held out)], class names) of root/class/*, or of root/train/class/* and root/val/class/* if there
+    is a root/train. Without a val folder, `heldout_share` of each class is held out."""
+    root = Path(root)
+    train = root / "train" if (root / "train").is_dir() else root
+    files, names = scan_folder(train, suffixes)
+    held, val = np.zeros(len(files), dtype=bool), []
+    if train != root and (root / "val").is_dir():
+        val, val_names = scan_folder(root / "val", suffixes)
+        if val_names != names:
+            odd = sorted(set(names) ^ set(val_names))
+            raise ValueError(f"{root}/val must hold the class folders of {root}/train; {odd[0]} is in one of them only ({len(odd)} differ)")
+    else:
+        held = heldout_mask([y for _, y in files], heldout_share)
+    called = dict(imagenet_classes())
+    return ([(p, y, int(h)) for (p, y), h in zip(files, held)] + [(p, y, 1) for p, y in val]), [called.get(n, n) for n in names]
+
+
+class Planned:
+    """A split of which only the size is known, for --dry-run."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+
+def load_latents(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
+    """The Data of a set of latents: from its cache, which is made if it is not there, or from MAR's npz files."""
+    if name in ("digits", "shapes"):
+        raise ValueError(f"--vae is for imagenet256, imagenet512 and folder; {name} is small enough for pixels")
+    if vae is None and not plan:
+        raise ValueError(f"--dataset {name} trains on latents: it needs --vae kl16.ckpt (and --data_dir <ImageNet>, with train/ and val/, "
+                         "or its train folder; or --cache_dir with latents). For your own images as pixels use --dataset folder")
+    if patch != 1:
+        raise ValueError(f"--patch {patch}: a latent is one token; use --patch 1 with --vae")
+    with torch.device("meta" if vae is None else "cpu"):
+        tokeniser = KL16() if vae is None else load_kl16(vae, device=device)
+    if size % tokeniser.stride:
+        raise ValueError(f"--size {size} must be a multiple of the VAE's stride {tokeniser.stride}")
+    scale = KL16_SCALE if name.startswith("imagenet") else None          # others: 1 / std of their own latents
+    fingerprint = None if vae is None else tokeniser.fingerprint()
+    wanted = {"vae": fingerprint, "crop": "halve, bicubic, centre", "size": size}
+    root = Path(cache_dir or f"cache/{name}" + (f"-{Path(data_dir).name}-{size}" if name == "folder" and data_dir else ""))
+    if vae is None or plan and not (root / "manifest.json").exists():
+        files, names = list_images(data_dir) if data_dir else (None, [n for _, n in imagenet_classes()])
+        held = sum(h for _, _, h in files) if files else 50_000
+        found = (Planned(len(files) - held if files else 1_281_167), Planned(held), names, {"scale": scale, "x0_bound": None})
+    elif data_dir and is_mar_cache(data_dir):
+        found = load_mar_cache(data_dir, size // tokeniser.stride, scale, tokeniser)
+    else:
+        if data_dir and name == "folder":                                # ImageNet does not change, and is slow to list
+            files, names = list_images(data_dir, heldout_share=0.1)
+            wanted["files"] = latents.files_digest(files)
+        found = latents.read_cache(root, wanted)
+        if found is None:
+            if data_dir is None:
+                raise ValueError(f"no latent cache at {root} and no --data_dir to make it from: expected a folder with one folder per class")
+            files, names = list_images(data_dir, heldout_share=0.1 if name == "folder" else 0.01)
+            read = lambda path: read_image(path, size)
+            made_for = {**wanted, "files": latents.files_digest(files)}
+            latents.build(root, files, names, read, tokeniser, made_for, scale, max_bad)
+            found = latents.read_cache(root, made_for)
+    train, heldout, names, measured = found
+    if not len(train) or not len(heldout):
+        raise ValueError(f"{len(train)} training and {len(heldout)} held-out images: at least one of each is needed")
+    tokeniser.scale = measured["scale"] or tokeniser.scale
+    facts = {"dataset": name, "size": size, "channels": 3, "patch": 1, "n_train": len(train), "n_heldout": len(heldout),
+             "vae": {**measured, "fingerprint": fingerprint}, "cache_dir": str(root)}
+    return Data(name, train, heldout, names, size, tokeniser.channels, 1, measured["x0_bound"], facts, tokeniser)
+
+
+def is_mar_cache(root):
+    return next(Path(root).glob("*/*.npz"), None) is not None
+
+
+def load_mar_cache(root, grid, scale, tokeniser):
+    """(training, held-out Latents, class names, facts) of MAR's root/class/*.npz; which VAE made it, it does not say."""
+    files, names = list_images(root, suffixes=(".npz",))
+    moments, label, held = latents.MarFiles([p for p, _, _ in files]), *np.array([(y, h) for _, y, h in files]).T
+    shape, expected = moments(0, 0).shape, (2 * tokeniser.channels, grid, grid)
+    if shape != expected:
+        raise ValueError(f"{files[0][0]} holds moments {shape}, expected {expected}: the cache was made for another size or VAE")
+    measured = latents.measure(moments, np.flatnonzero(held == 0), scale, most=1024)
+    splits = [latents.Latents(moments, np.flatnonzero(held == s), label[held == s], measured["scale"]) for s in (0, 1)]
+    return (*splits, names, measured)
 
 
 # ---------------------------------------------------------------- command line

@@ -9,20 +9,28 @@
 What is not here: the denoising head and its samplers (diffloss.py), refinement (ot_refine.py), images.
 References: MAR arXiv 2406.11838; LlamaGen arXiv 2406.06525 (AR blocks); DiT arXiv 2212.09748 (CDM blocks).
 """
+import argparse
 import difflib
+import functools
+import json
 import math
 import os
 import pickle
 import random
+import warnings
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+from data import imagenet_classes
 from diffloss import DenoisingMLP, DiffLoss, Sampler, T_TRAIN, TimeEmbedding, modulate
 from ot_refine import ConditionBuffer, InverseMap
+from vae import KL16_SCALE, state_problem
 
 
 @dataclass
@@ -99,6 +107,14 @@ def amp(device):
     return torch.autocast("cuda", torch.bfloat16, enabled=bf16) if device.type == "cuda" else torch.autocast("cpu", enabled=False)
 
 
+def checkpoint_blocks(model):
+    """Keep only each block's input for the backward pass and compute the rest there again: exact, about a third slower."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList):
+            for block in module:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
 def pick_device(name):
     """The torch.device of 'auto', 'cpu', 'cuda:1' ...; ValueError if it cannot be used."""
     if name == "auto":
@@ -127,19 +143,30 @@ def find_checkpoint(path):
     """A checkpoint file from a file or a run directory; ValueError if there is none."""
     path = Path(path)
     file = path / "ckpt.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists() and (path / "checkpoint-last.pth").exists():
+        return path / "checkpoint-last.pth"                                            # as MAR names its own
     if not file.exists():
         raise ValueError(f"no checkpoint at {file}; train one with: python train.py --out_dir {path if path.suffix == '' else path.parent}")
     return file
 
 
 def read_checkpoint(path):
-    """The dict that train.py saved. Raises ValueError if the file is truncated, foreign or of another version."""
+    """The dict that train.py saved, or MAR's weights as such a dict.
+
+    Raises ValueError if the file is truncated, foreign or of another version.
+    """
     path = find_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return from_mar({"model": read_safetensors(path)}, path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):                   # MAR keeps its flags as one
+            # a memory map, since MAR's files hold an optimiser that is of no use here
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint; "
                          f"it may be truncated: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+    if isinstance(state, dict) and "config" not in state and ("model_ema" in state or "z_proj.weight" in state.get("model", state)):
+        return from_mar(state, path)
     missing = {"config", "model", "ema", "step", "data"} - set(state if isinstance(state, dict) else ())
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks {', '.join(sorted(missing))}")
@@ -158,6 +185,84 @@ def load_model(path, device="cpu", ema=True):
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[1].strip()}") from None
     return model.to(device).eval(), state
+
+
+# ---------------------------------------------------------------- MAR's released weights
+
+def from_mar(state, path):
+    """MAR's {"model", "model_ema", ...} as a dict of train.py. The architecture is read from the tensors.
+
+    Raises ValueError with the first tensor that is missing, foreign or of another shape.
+    """
+    weights = state.get("model_ema") or state.get("model", state)
+    if not state.get("model_ema"):
+        warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose images are worse than the averaged "
+                      "ones of the original checkpoint-last.pth", stacklevel=2)
+    cfg = mar_config(weights, state.get("n_head"), path)
+    with torch.device("meta"):
+        problem = state_problem(weights, build(cfg).state_dict())
+    if problem:
+        raise ValueError(f"{path}: {problem}; expected the weights of MAR with {cfg.n_layer} layers of width {cfg.n_embd}, complete")
+    classes = [name for _, name in imagenet_classes()]
+    known = cfg.num_classes == len(classes)
+    data = {"dataset": f"imagenet{16 * cfg.grid}", "size": 16 * cfg.grid, "channels": 3, "patch": 1, "data_dir": None, "x0_bound": None,
+            "class_names": classes if known else [str(k) for k in range(cfg.num_classes)],
+            "vae": {"fingerprint": None, "scale": KL16_SCALE}}
+    return {"config": asdict(cfg), "model": state.get("model", weights), "ema": weights, "step": 0, "data": data}
+
+
+def mar_config(weights, n_head, path):
+    """The Config of a MAR state dict; the number of heads, which no tensor shows, by MAR's sizes unless given."""
+    def shape(name):
+        if name not in weights:
+            raise ValueError(f"{path}: tensor '{name}' is missing: no complete MAR checkpoint")
+        return weights[name].shape
+
+    def count(prefix):
+        return 1 + max((int(n[len(prefix):].split(".")[0]) for n in weights if n.startswith(prefix)), default=-1)
+
+    n_embd, token_dim = shape("z_proj.weight")
+    n_tokens = shape("diffusion_pos_embed_learned")[1]
+    heads = {p["n_embd"]: p["n_head"] for name, p in PRESETS.items() if name in ("mar-b", "mar-l", "mar-h")}
+    if not n_head and n_embd not in heads:
+        raise ValueError(f"{path}: width {n_embd} is none of MAR's ({', '.join(map(str, heads))}), and the number of heads cannot be "
+                         "read from tensors; put it into the file as n_head")
+    return Config(kind="mar", n_layer=count("encoder_blocks."), n_head=n_head or heads[n_embd], n_embd=n_embd,
+                  head_depth=count("diffloss.net.res_blocks."), head_width=shape("diffloss.net.input_proj.weight")[0], token_dim=token_dim,
+                  grid=math.isqrt(n_tokens), num_classes=shape("class_emb.weight")[0],
+                  n_class_tokens=shape("encoder_pos_embed_learned")[1] - n_tokens)
+
+
+def export_mar(path, state):
+    """Write a mar checkpoint of train.py in MAR's layout; what MAR has not (T^-1, kept conditions) stays behind."""
+    if state["config"]["kind"] != "mar":
+        raise ValueError(f"only mar models have MAR's layout; this is a {state['config']['kind']} model")
+    own = ("inverse.", "buffer.")
+    parts = {theirs: {k: v for k, v in state[ours].items() if not k.startswith(own)} for theirs, ours in (("model", "model"), ("model_ema", "ema"))}
+    save_checkpoint(path, {**parts, "n_head": state["config"]["n_head"]})
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: header length (8 bytes, little endian), JSON header, raw data."""
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    size, out = os.path.getsize(path), {}
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                f.seek(8 + length + begin)
+                raw = f.read(end - begin)
+                if len(raw) < end - begin:
+                    raise ValueError(f"tensor '{name}' is cut off")
+                out[name] = torch.frombuffer(bytearray(raw), dtype=types[entry["dtype"]]).reshape(entry["shape"]) if raw else torch.empty(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} ({size} bytes) is no readable safetensors file: {error}") from None
+    return out
 
 
 # ---------------------------------------------------------------- AR: causal transformer, KV cache

@@ -5,19 +5,26 @@
     python sample.py --classes 3 7 --n 20 --cfg_scale 2     two classes, guided
     python sample.py --n 5000 --out s.npz                   for evaluate.py: arr_0 uint8 NHWC, arr_1 labels
     python sample.py --inpaint x.png --mask m.png           a mar model fills the white part of the mask
+    python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes "golden retriever" --solver ddpm \
+        --steps 100 --num_iter 64 --cfg_scale 2.9           MAR's released weights
+    torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz   the same on 8 GPUs, each a share (mind the --)
 
 Image k of a seed is the same at any batch size. A `Recipe` says how images are drawn, a `Drawer` draws them;
 evaluate.py imports both, so that what is measured is what you draw here.
 """
+import functools
 import hashlib
 import json
+import os
 import random
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
@@ -25,7 +32,7 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, centre_crop, image_grid, number, patchify, run, to_uint8, unpatchify
 from diffloss import SOLVERS, ImageNoise, Sampler
-from model import amp, find_checkpoint, load_model, pick_device, save_checkpoint
+from model import amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint
 from ot_refine import METHODS, RefineConfig, Refiner
 
 
@@ -82,9 +89,10 @@ class Drawer:
         S, n = max(self.recipe.orders, 1), self.recipe.n_cal
         group = torch.arange(len(self.classes) * S).repeat_interleave(n)
         y = torch.tensor(self.classes)[group // S]
+        index = (y * S + group % S) * n + torch.arange(len(group)) % n               # a class is calibrated alike beside any others
         for part in progress(torch.arange(len(group)).split(max(1, batch_size // n) * n)):
             refine = self.refiner.calibrate(group[part].to(self.device))
-            self._draw(y[part], part.tolist(), -1, group[part] % S, refine)          # seed -1: noise that no --seed draws
+            self._draw(y[part], index[part].tolist(), -1, group[part] % S, refine)          # seed -1: noise that no --seed draws
         self.coupled = False
 
     def __call__(self, y, index, seed, inpaint=None):
@@ -149,11 +157,26 @@ def ideal_conditions(model, tokens_of, classes, m, pool=None, num_iter=None, bat
     return [None, *(torch.stack(t) for t in targets[1:])], weights.flatten(0, 1)
 
 
-def reference_tokens(facts, split, data_dir=None):
+def reference_tokens(facts, split, data_dir=None, vae=None, cache_dir=None):
     """tokens_of(y, m) for `ideal_conditions`, from the data set that a checkpoint was trained on."""
-    dataset = datasets.load(facts["dataset"], data_dir or facts["data_dir"], facts["size"], facts["patch"])
+    dataset = datasets.load(facts["dataset"], data_dir or facts["data_dir"], facts["size"], facts["patch"], vae=vae,
+                            cache_dir=cache_dir or facts.get("cache_dir"))
     images = getattr(dataset, split)
     return lambda y, m: patchify(images.batch(images.of_class(y, m))[0], facts["patch"])
+
+
+def refinement_bytes(model, recipe):
+    """(bytes per class that a calibrated Refiner holds, bytes per class at the peak, while targets are whole conditions).
+
+    Per token, order and class: m targets of rank r; a Sinkhorn stage keeps n_cal particles and the potentials, a
+    Gaussian stage a matrix. The peak: all conditions (m, N, C) in fp32, twice while they are sorted by AR step.
+    """
+    refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.n_cal
+    r, unit = min(refine.rank or cfg.n_embd, cfg.n_embd), torch.finfo(getattr(torch, refine.store)).bits // 8
+    state = {"sinkhorn": n * (r * unit + 8) + 8 * m + 4, "gaussian": 4 * (r * r + 2 * r), "mean": 12 * r, "meanvar": 12 * r, "ema": 4 * r, "knn": 4 * m}
+    held = sum(b - a for a, b in model.chain(recipe.num_iter)[1:]) * (m * r * unit + sum(state[name] for name, _ in refine.stages()))
+    orders = max(recipe.orders, 1)
+    return orders * held, orders * (held + 8 * m * cfg.n_tokens * cfg.n_embd)
 
 
 # ---------------------------------------------------------------- command line
@@ -161,12 +184,15 @@ def reference_tokens(facts, split, data_dir=None):
 def parse_args(argv=None):
     p = Parser(description="Draw images from a checkpoint.")
     p.add_argument("--ckpt", help="a checkpoint file or a run directory (default: the newest under out/)")
-    p.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
+    p.add_argument("--vae", help="kl16.ckpt, for models of latents")
+    p.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers, names, or parts of a name (default: all)")
     p.add_argument("--n", type=number(int, 1), help="images in all, shared out evenly (default: 10 a class)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the noise")
     p.add_argument("--batch_size", type=number(int, 1), default=500, help="images at once")
     p.add_argument("--out", help=".png for a grid, .npz for arrays (default: sample.png beside the checkpoint)")
     p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    p.add_argument("--export", metavar="FILE", help="mar: write the weights in the layout of MAR's checkpoints, and stop")
+    p.add_argument("--refine_memory", type=number(float, 0), default=16, metavar="GB", help="memory for refinement; as many classes at a time as fit")
     p.add_argument("--inpaint", metavar="IMAGE", help="mar: an image of which the masked part is filled in")
     p.add_argument("--mask", help="white where --inpaint is to be filled")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
@@ -203,7 +229,8 @@ def add_drawing_flags(p):
     r.add_argument("--n_cal", type=number(int, 8), default=200, help="images per class (and order) that calibrate frozen mode")
     r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, 0 = a fresh one per image "
                    "(default: 1 with refinement, else 0)")
-    r.add_argument("--data_dir", help="folder data sets: where the reference images are (default: as in training)")
+    r.add_argument("--data_dir", help="folder and imagenet: where the reference images are (default: as in training)")
+    r.add_argument("--cache_dir", help="models of latents: the cache with the reference latents (default: as in training)")
 
 
 def make_recipe(args, kind, x0_bound):
@@ -225,19 +252,29 @@ def newest_run(root="out"):
 
 
 def class_ids(wanted, names):
-    """Class numbers of names or numbers; ValueError names the unknown and the known."""
-    ids = []
-    for word in wanted or names:
-        if word in names:
-            ids.append(names.index(word))
-        elif word.isdigit() and int(word) < len(names):
-            ids.append(int(word))
-        else:
-            raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
-    return ids
+    """Class numbers of names, numbers, ImageNet ids or parts of a name; ValueError names the unknown or the candidates."""
+    return [find_class(word, names) for word in wanted] if wanted else list(range(len(names)))
 
 
-def read_inpaint(args, facts, kind, device):
+def find_class(word, names):
+    """The class number of one word; the first rule that finds any must find one only."""
+    low = word.lower()
+    imagenet = datasets.imagenet_classes()
+    ids = [i for i, _ in imagenet] if names == [n for _, n in imagenet] else [""] * len(names)
+    rules = (lambda k, name: name == word, lambda k, name: str(k) == word, lambda k, name: ids[k] == low,
+             lambda k, name: name.lower().split(", ")[0] == low, lambda k, name: low in name.lower().split(", "),
+             lambda k, name: low in name.lower())
+    for rule in rules:
+        found = [k for k, name in enumerate(names) if rule(k, name)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+            raise ValueError(f"--classes {word!r} may be any of " + "; ".join(f"{k} {names[k]}" for k in found[:12]) + f"{more}: give the number")
+    raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}")
+
+
+def read_inpaint(args, facts, kind, tokeniser, device):
     """(tokens (1, N, D), which to fill (N,), how many are known) of --inpaint and --mask."""
     if kind != "mar":
         raise ValueError(f"--inpaint needs a mar model: a {kind} model cannot condition on an arbitrary part of an image")
@@ -247,24 +284,27 @@ def read_inpaint(args, facts, kind, device):
         raise ValueError("--inpaint cannot be refined: targets are computed for whole generation orders; use --refine none")
     mode = "L" if facts["channels"] == 1 else "RGB"
     image, mask = (np.array(centre_crop(Image.open(f).convert(m), facts["size"])) for f, m in ((args.inpaint, mode), (args.mask, "L")))
-    to_tokens = lambda a: patchify(torch.from_numpy(a).float().reshape(1, facts["size"], facts["size"], -1).permute(0, 3, 1, 2), facts["patch"])
-    x = (to_tokens(image) / 127.5 - 1).to(device)
-    fill = (to_tokens(mask) > 127).any(-1)[0].to(device)                 # a token that the mask touches is filled whole
+    planes = lambda a: torch.from_numpy(a).float().reshape(1, facts["size"], facts["size"], -1).permute(0, 3, 1, 2)
+    x = patchify(tokeniser.encode((planes(image) / 127.5 - 1).to(device), torch.Generator().manual_seed(args.seed)), 1)
+    fill = (patchify(planes(mask), tokeniser.stride) > 127).any(-1)[0].to(device)        # a token that the mask touches is filled whole
     if not fill.any():
         raise ValueError(f"--mask {args.mask} has no white pixel: nothing to fill")
     return x, fill, int((~fill).sum())
 
 
-def prepare_refinement(drawer, args, state, path):
-    """Coupled: compute the targets. Frozen: load refine.pt if it was made for exactly this, else calibrate and save it."""
-    tokens_of = lambda y, m: reference_tokens(state["data"], args.ref_split, args.data_dir)(y, m)
+def prepare_refinement(drawer, args, state, path, tokens_of=None, keep=True):
+    """Coupled: compute the targets. Frozen: load refine.pt if it was made for exactly this, else calibrate and save it.
+
+    keep=False: no file, for some of many classes.
+    """
+    tokens_of = tokens_of or lazy_references(args, state)
     if args.coupled:
         return drawer.set_targets(tokens_of)
     file = path.parent / "refine.pt"
     weights = hashlib.sha256(b"".join(v.flatten()[:4096].cpu().numpy().tobytes() for v in state["ema"].values()))
     made_for = {"checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes, **asdict(drawer.recipe)}
     made_for = json.loads(json.dumps(made_for))                                         # tuples become lists, as when read back
-    if file.exists():
+    if keep and file.exists():
         saved = torch.load(file, map_location=drawer.device, weights_only=True)
         differs = [k for k, v in made_for.items() if saved["made_for"].get(k) != v]
         if not differs:
@@ -273,15 +313,92 @@ def prepare_refinement(drawer, args, state, path):
         print(f"{file} was calibrated for another {', '.join(differs)}: calibrating anew")
     began = time.time()
     drawer.calibrate(tokens_of, max(args.batch_size, args.n_cal), lambda it: tqdm(it, desc="calibrating", unit="batch", disable=None))
-    save_checkpoint(file, {"made_for": made_for, "refiner": drawer.refiner.state_dict()})
-    print(f"calibrated with {args.n_cal} images per class in {time.time() - began:.0f} s -> {file} ({drawer.refiner.nbytes() / 2**20:.1f} MiB)")
+    if keep:
+        save_checkpoint(file, {"made_for": made_for, "refiner": drawer.refiner.state_dict()})
+        print(f"calibrated with {args.n_cal} images per class in {time.time() - began:.0f} s -> {file} ({drawer.refiner.nbytes() / 2**20:.1f} MiB)")
+
+
+def lazy_references(args, state):
+    """tokens_of(y, m) that opens the data set when it is first asked, and once."""
+    opened = functools.cache(lambda: reference_tokens(state["data"], args.ref_split, args.data_dir, getattr(args, "vae", None),
+                                                      getattr(args, "cache_dir", None)))
+    return lambda y, m: opened()(y, m)
+
+
+def class_rounds(classes, model, recipe, gigabytes, chief):
+    """Classes in lists that fit the memory for refinement; one list of all without refinement."""
+    if not recipe.refined or not classes:
+        return [classes]
+    held, peak = refinement_bytes(model, recipe)
+    at_once = max(1, int(gigabytes * 1e9 / peak))
+    if chief and (at_once < len(classes) or len(classes) > 50):
+        print(f"refinement takes {held / 1e6:.1f} MB a class ({peak / 1e6:.1f} MB while it is prepared): {min(at_once, len(classes))} of "
+              f"{len(classes)} classes at a time in --refine_memory {gigabytes:g} GB; less --m, --n_cal or --rank fits more")
+    return [classes[k:k + at_once] for k in range(0, len(classes), at_once)]
+
+
+def batches(labels, index, size, whole):
+    """Parts of index (class by class) of about `size` images; `whole`: no class is cut, since coupled plans need all of it."""
+    if not whole:
+        return index.split(size)
+    cut, first = [], 0
+    ends = (torch.nonzero(labels[index].diff()).flatten() + 1).tolist() + [len(index)]
+    for end, following in zip(ends, ends[1:] + [10 ** 18]):
+        if following - first > size:
+            cut.append(end - first)
+            first = end
+    return index.split(cut)
+
+
+def draw_images(model, tokeniser, recipe, labels, mine, args, state, path, rank, world):
+    """uint8 (len(mine), H, W, ch): the images `mine` (class by class) of this rank, round by round."""
+    facts, chief = state["data"], rank == 0
+    inpaint = read_inpaint(args, facts, model.cfg.kind, tokeniser, next(model.parameters()).device) if args.inpaint else None
+    images = np.empty((len(mine), facts["size"], facts["size"], facts["channels"]), dtype=np.uint8)
+    rounds = class_rounds(labels[mine].unique().tolist(), model, recipe, args.refine_memory, chief)
+    alone, tokens_of, done = world == 1 and len(rounds) == 1, lazy_references(args, state), 0
+    with tqdm(total=len(mine), desc="sampling", unit="image", disable=None if chief else True) as bar:
+        for classes in rounds:
+            every = range(len(facts["class_names"]))
+            # few classes: calibrate all of them, so that one calibration serves any --classes
+            drawer = Drawer(model, recipe, every if alone and len(every) <= 50 else classes)
+            if recipe.refined and classes:
+                prepare_refinement(drawer, args, state, path, tokens_of, keep=alone)
+            now = mine[torch.isin(labels[mine], torch.tensor(classes))]
+            for part in batches(labels, now, args.batch_size, recipe.refined and args.coupled) if len(now) else ():
+                x = drawer(labels[part], part.tolist(), args.seed, inpaint)
+                images[done:done + len(part)] = to_uint8(tokeniser.decode(unpatchify(x, 1)))
+                done += len(part)
+                bar.update(len(part))
+    return images
+
+
+def merge(images, mine, n, out, rank, world):
+    """Images (n, H, W, ch) of all ranks in their order, on rank 0; None on the others. They pass through files beside `out`."""
+    if world > 1:
+        np.save(f"{out}.rank{rank}.npy", images)
+        np.save(f"{out}.index{rank}.npy", mine.numpy())
+        dist.barrier()
+        if rank > 0:
+            return None
+    whole = np.empty((n, *images.shape[1:]), dtype=np.uint8)
+    whole[mine.numpy()] = images
+    for r in range(1, world):
+        whole[np.load(f"{out}.index{r}.npy")] = np.load(f"{out}.rank{r}.npy", mmap_mode="r")
+    for r in range(world if world > 1 else 0):
+        for kind in ("rank", "index"):
+            os.remove(f"{out}.{kind}{r}.npy")
+    return whole
 
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
+    device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     path = find_checkpoint(args.ckpt) if args.ckpt else newest_run()
     model, state = load_model(path, device)
+    if args.export:
+        export_mar(args.export, state)
+        return print(f"{path} -> {args.export}, in the layout of MAR's checkpoints")
     facts, names = state["data"], state["data"]["class_names"]
     out = Path(args.out) if args.out else path.parent / "sample.png"
     if out.suffix not in (".png", ".npz"):
@@ -292,22 +409,22 @@ def main():
         raise ValueError(f"--out {out}: there is no folder {out.parent}")
     ids = torch.tensor(class_ids(args.classes, names))
     recipe = make_recipe(args, model.cfg.kind, facts["x0_bound"])
-    # few classes: calibrate all of them, so that one calibration serves any --classes
-    drawer = Drawer(model, recipe, range(len(names)) if len(names) <= 50 else ids.unique().tolist())
-    inpaint = read_inpaint(args, facts, model.cfg.kind, device) if args.inpaint else None
-    if recipe.refined:
-        prepare_refinement(drawer, args, state, path)
+    Drawer(model, recipe, [])                                            # do model and recipe fit each other?
+    tokeniser = datasets.open_tokeniser(facts, args.vae, device)
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))      # ranks meet once, at the end of hours
 
     n = args.n or 10 * len(ids)
     labels = ids[torch.arange(n) % len(ids)]                             # image k: its class depends on k alone
     index = torch.argsort(labels, stable=True)                           # class by class, so that batches hold few classes
-    images = np.empty((n, facts["size"], facts["size"], facts["channels"]), dtype=np.uint8)
+    # a class stays on one rank if it is calibrated or coupled; else images are dealt out evenly
+    mine = index[labels[index].unique_consecutive(return_inverse=True)[1] % world == rank] if recipe.refined else index.tensor_split(world)[rank]
     began = time.time()
-    with tqdm(total=n, desc="sampling", unit="image", disable=None) as bar:
-        for part in index.split(args.batch_size):
-            x = drawer(labels[part], part.tolist(), args.seed, inpaint)
-            images[part.numpy()] = to_uint8(unpatchify(x, facts["patch"]))
-            bar.update(len(part))
+    images = merge(draw_images(model, tokeniser, recipe, labels, mine, args, state, path, rank, world), mine, n, out, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return
     seconds = time.time() - began
     if out.suffix == ".npz":
         np.savez_compressed(out, arr_0=images, arr_1=labels.numpy())

@@ -2,6 +2,7 @@
 
     python train.py                                     digits on a CPU, minutes
     python train.py --dataset folder --data_dir photos  your own images
+    python train.py --dataset imagenet256 --data_dir ImageNet --vae kl16.ckpt --model mar-b     latents, encoded once
     torchrun --nproc_per_node 8 train.py ...            the same on 8 GPUs; --global_batch is shared out
 
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that a resumed
@@ -29,7 +30,8 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, batch_indices, number, patchify, run
 from diffloss import ImageNoise, Sampler
-from model import PRESETS, amp, build, pick_device, preset, read_checkpoint, save_checkpoint
+from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint
+from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
 SMALL = dict(model="gpt-tiny", steps=4800, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
              ema_decay=0.999, weight_decay=0.02, size=16, patch=4, eval_every=600)
@@ -37,13 +39,15 @@ IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, diffusion_batc
                 ema_decay=0.9999, weight_decay=0.02, patch=1, eval_every=5000)
 DEFAULTS = {"digits": SMALL, "shapes": SMALL, "folder": SMALL,
             "imagenet256": {**IMAGENET, "size": 256}, "imagenet512": {**IMAGENET, "size": 512}}
+LATENT = dict(size=256, patch=1)                 # any folder with a VAE
 
 
 def parse_args(argv=None):
     p = Parser(description="Train a generator. Defaults are those of --dataset; to resume, run the same command again.")
     p.add_argument("--dataset", choices=datasets.DATASETS, default="digits", help="what to train on; imagenet256/512 need --data_dir and --vae")
     p.add_argument("--data_dir", help="folder of images (folder: ROOT/<class>/*.png; imagenet: its train folder)")
-    p.add_argument("--vae", help="kl16.ckpt, the tokeniser of imagenet256/512")
+    p.add_argument("--vae", help="kl16.ckpt: train on its latents (imagenet256/512, and folder if given)")
+    p.add_argument("--cache_dir", help="where the latents are kept, on a disk that all nodes share (default: cache/<dataset>)")
     p.add_argument("--size", type=number(int, 4, 2048), help="pixels of a side")
     p.add_argument("--patch", type=number(int, 1, 64), help="pixels of a token's side")
     p.add_argument("--max_bad", type=number(float, 0, 1), default=0.01, help="share of unreadable images that is tolerated")
@@ -71,9 +75,10 @@ def parse_args(argv=None):
     p.add_argument("--samples_per_class", type=number(int, 1), default=10, help="images a class in samples.png")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     p.add_argument("--compile", action="store_true", help="torch.compile, CUDA only")
+    p.add_argument("--checkpoint_blocks", action="store_true", help="recompute blocks in the backward pass: less memory, exact, slower")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes and memory, and stop")
     known, _ = p.parse_known_args(argv) if "-h" not in (argv or sys.argv) and "--help" not in (argv or sys.argv) else (None, None)
-    p.set_defaults(**DEFAULTS[known.dataset if known else "digits"])
+    p.set_defaults(**{**DEFAULTS[known.dataset if known else "digits"], **(LATENT if known and known.vae and known.dataset == "folder" else {})})
     return p.parse_args(argv)
 
 
@@ -130,7 +135,7 @@ def train_step(step, model, ddp, ema, optimizer, dataset, args, world):
     torch.manual_seed(hash((args.seed, step, world.rank)))                           # dropout
     total = 0.0
     for j, part in enumerate(index.chunk(args.accumulate)):
-        x, y = dataset.train.batch(part)
+        x, y = dataset.train.batch(part, key=(args.seed, step * args.global_batch + mine.start + j * len(part)))
         x, y = patchify(x, dataset.patch).to(device, non_blocking=True), y.to(device, non_blocking=True)
         last = j == args.accumulate - 1
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
@@ -173,13 +178,15 @@ def resume(path, model, ema, optimizer, dataset, args):
     """Load a checkpoint of this very run and return its step; ValueError names whatever differs."""
     state = read_checkpoint(path)
     free = {"steps", "accumulate", "device", "compile", "dry_run", "eval_every", "eval_images", "samples_per_class", "out_dir",
-            "max_bad", "data_dir", "vae"}
+            "max_bad", "data_dir", "vae", "cache_dir", "checkpoint_blocks"}
     changed = [f"--{k} {state['args'].get(k)} -> {v}" for k, v in vars(args).items() if k not in free and state["args"].get(k) != v]
     if asdict(model.cfg) != state["config"] and not changed:
         changed = [f"{k} {state['config'].get(k)} -> {v}" for k, v in asdict(model.cfg).items() if state["config"].get(k) != v]
     if dataset.class_names != state["data"]["class_names"] or dataset.facts["n_train"] != state["data"]["n_train"]:
         changed.append(f"the data: {state['data']['n_train']} images of {len(state['data']['class_names'])} classes "
                        f"-> {dataset.facts['n_train']} of {len(dataset.class_names)}")
+    if (dataset.facts.get("vae") or {}).get("fingerprint") != (state["data"].get("vae") or {}).get("fingerprint"):
+        changed.append("another VAE than that of the latents so far")
     if changed:
         raise ValueError(f"{path} holds another run ({'; '.join(changed)}); repeat its flags to resume it or choose another --out_dir")
     model.load_state_dict(state["model"])
@@ -188,28 +195,10 @@ def resume(path, model, ema, optimizer, dataset, args):
     return state["step"]
 
 
-def memory_estimate(cfg, share):
-    """(model on the meta device, bytes of weights, gradients, Adam and EMA in fp32, bytes that autograd keeps for `share` images)."""
-    with torch.device("meta"):
-        model = build(cfg)
-    draws = {k: v.to("meta") for k, v in model.draw(1, torch.Generator().manual_seed(0)).items()}
-    kept = {}
-
-    def keep(z):
-        whole = z if z._base is None else z._base                                    # views share memory; weights are counted already
-        if not isinstance(whole, torch.nn.Parameter):
-            kept[id(whole)] = whole
-        return z
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda z: z):
-        model.loss(torch.empty(1, cfg.n_tokens, cfg.token_dim, device="meta"), torch.empty(1, dtype=torch.long, device="meta"), draws)
-    activations = sum(z.numel() * z.element_size() for z in kept.values())
-    return model, 20 * model.num_params, activations * share
-
-
 def describe(cfg, dataset, args, world):
     """Print what will be trained and what it takes; returns the bytes of weights and optimiser."""
     share = args.global_batch // world.size // args.accumulate
-    model, weights, activations = memory_estimate(cfg, share)
+    model, weights, activations = memory_estimate(cfg, share, args.checkpoint_blocks)
     half = " (about half of it under bf16)" if world.device.type == "cuda" else ""
     if args.dry_run:
         print(json.dumps({**vars(args), "config": asdict(cfg), "data": dataset.facts}, indent=2))
@@ -218,6 +207,14 @@ def describe(cfg, dataset, args, world):
           f"{len(dataset.class_names)} classes")
     print(f"memory per process: {weights / 2**30:.2f} GiB weights, gradients, AdamW and EMA + about {activations / 2**30:.2f} GiB "
           f"activations at {share} images a pass{half}")
+    if args.dry_run:
+        step = training_flops(cfg, args.checkpoint_blocks) * args.global_batch
+        num_iter = min(64, cfg.n_tokens) if cfg.kind == "mar" else None
+        image = sampling_flops(cfg, num_iter=num_iter)
+        each = lambda flops: ", ".join(f"{hours(flops, name):.3g} h on {name}" for name in HARDWARE)
+        print(f"training: {step / 1e12:.4g} TFLOP a step; {args.steps} steps take about {each(step * args.steps)}")
+        print(f"sampling, guided, 100 evaluations a patch{f', {num_iter} AR steps' if num_iter else ''}: {image / 1e12:.4g} TFLOP an image; "
+              f"50,000 take about {each(50_000 * image)} (at {UTILISATION:.0%} of the peak: an assumption)")
     return weights
 
 
@@ -262,14 +259,16 @@ def sample_grid(path, ema, dataset, args, device):
     bound = dataset.x0_bound if args.x0_bound is None else args.x0_bound or None
     with amp(device):
         x = ema.generate(y.to(device), ImageNoise(args.seed, range(len(y)), device), Sampler(x0_bound=bound))
-    images = datasets.to_uint8(datasets.unpatchify(x, dataset.patch))
+    images = datasets.to_uint8(dataset.decode(x))
     datasets.image_grid(images, columns).save(path)
 
 
 def main():
     args = parse_args()
-    dataset = datasets.load(args.dataset, args.data_dir, args.size, args.patch, args.max_bad)
-    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse", "buffer") if getattr(args, k) is not None}
+    dataset = datasets.load(args.dataset, args.data_dir, args.size, args.patch, args.max_bad, args.vae, args.cache_dir,
+                            pick_device(args.device), plan=args.dry_run)
+    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse", "buffer")
+               if getattr(args, k) is not None}
     cfg = preset(args.model, token_dim=dataset.token_dim, grid=dataset.grid, num_classes=len(dataset.class_names), **options)
     world = World(args.device)
     if args.global_batch % (world.size * args.accumulate):
@@ -281,6 +280,8 @@ def main():
     torch.manual_seed(args.seed)                                                     # the same weights on every rank
     model = build(cfg).to(world.device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
+    if args.checkpoint_blocks:
+        checkpoint_blocks(model)
     optimizer = make_optimizer(model, args)
     out, chief = Path(args.out_dir), world.rank == 0
     if chief:

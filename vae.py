@@ -216,7 +216,7 @@ class KL16(Tokeniser):
     def _sample(self, mean, logvar, generator):
         device = mean.device if generator is None else generator.device
         noise = torch.randn(mean.shape, generator=generator, device=device).to(mean.device)
-        return mean + (0.5 * logvar.clamp(NO_NOISE, 20.0)).exp() * noise
+        return posterior(torch.cat([mean, logvar], dim=1), noise)
 
     def fingerprint(self):
         """sha256 over all names and float32 values: what a latent cache records and compares (not the scale)."""
@@ -249,6 +249,12 @@ class Identity(Tokeniser):
         return f"identity-{self.in_channels}x{self.stride}x{self.stride}"
 
 
+def posterior(moments, noise):
+    """z = mean + exp(logvar / 2) noise: moments (B, 2z, h, w), noise (B, z, h, w) -> (B, z, h, w), unscaled."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return mean + (0.5 * logvar.clamp(NO_NOISE, 20.0)).exp() * noise
+
+
 def latent_scale(moments):
     """1 / std of the latents, the scale of a new dataset, from moments (B, 2z, h, w) or an iterable of such batches.
 
@@ -276,7 +282,10 @@ def load_kl16(path, scale=KL16_SCALE, device="cpu"):
     state = _read_state(path)
     with torch.device("meta"):                                # shapes only: nothing is initialised to be overwritten
         vae = KL16(**_infer_size(state), scale=scale)
-    _check_state(state, vae.state_dict(), path)
+    problem = state_problem(state, vae.state_dict())
+    if problem:
+        raise ValueError(f"{path}: {problem}; --vae takes kl16.ckpt in its original layout, complete (not diffusers' names, "
+                         "not another autoencoder)")
     vae.load_state_dict(state, assign=True)
     return vae.float().to(device)
 
@@ -316,7 +325,8 @@ def _infer_size(state):
     return {"ch": ch, "ch_mult": tuple(max(1, width // ch) for width in widths), "z_channels": max(1, z_channels)}
 
 
-def _check_state(state, expected, path):
+def state_problem(state, expected):
+    """What is wrong with a state dict, the first offending tensor named; None if names and shapes are those expected."""
     problems = []                                             # in the model's order, foreign names last
     for name, want in expected.items():
         if name not in state:
@@ -326,7 +336,6 @@ def _check_state(state, expected, path):
         elif not (state[name].is_floating_point() and state[name].isfinite().all()):
             problems.append(f"'{name}' ({state[name].dtype}) is not float or not finite")
     problems += [f"'{name}' is not part of the model" for name in state if name not in expected]
-    if problems:
-        raise ValueError(f"{path}: tensor {problems[0]} ({len(problems)} wrong in all; {len(state)} tensors came, "
-                         f"{len(expected)} expected); --vae takes kl16.ckpt in its original layout, complete "
-                         "(not diffusers' names, not another autoencoder)")
+    if not problems:
+        return None
+    return f"tensor {problems[0]} ({len(problems)} wrong in all; {len(state)} tensors came, {len(expected)} expected)"
