@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, centre_crop, image_grid, number, patchify, run, to_uint8, unpatchify
 from diffloss import SOLVERS, ImageNoise, Sampler
-from model import amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint
+from model import amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint, set_threads
 from ot_refine import METHODS, RefineConfig, Refiner
 
 
@@ -396,6 +396,7 @@ def main():
     device, rank, world = pick_device(args.device), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     path = find_checkpoint(args.ckpt) if args.ckpt else newest_run()
     model, state = load_model(path, device)
+    set_threads(model, device)
     if args.export:
         export_mar(args.export, state)
         return print(f"{path} -> {args.export}, in the layout of MAR's checkpoints")

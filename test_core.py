@@ -8,6 +8,7 @@ import copy
 import glob
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -679,6 +680,23 @@ def test_inpainting_from_files(runs, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     out = np.load(tmp_path / "o.npz")["arr_0"][..., 0]
     assert (out[:, :8] == image[:8]).all() and (out[:, 8:] != image[8:]).any()
+
+
+# ================================================================ README
+
+def test_the_choices_of_the_readme_are_those_of_the_code():
+    marked = {name for f in ROOT.glob("*.py") if not f.name.startswith("test_") for name in re.findall(r"CHOICE\((\w+)\): ", f.read_text())}
+    table = (ROOT / "README.md").read_text().split("## Choices")[1].split("## ")[0]
+    assert marked == set(re.findall(r"^\| (\w+) \|", table, re.M)) - {"choice"}
+
+
+def test_every_flag_in_a_command_of_the_readme_exists():
+    lines = re.findall(r"python (train|sample)\.py ([^\n`#]*)", (ROOT / "README.md").read_text())
+    assert len(lines) > 8
+    for program, flags in lines:
+        source = (ROOT / f"{program}.py").read_text()
+        for flag in re.findall(r"--[\w-]+", flags):
+            assert f'"{flag}"' in source or flag == "--help", f"{program}.py {flag}"
 
 
 # ================================================================ bad input

@@ -30,11 +30,11 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, batch_indices, number, patchify, run
 from diffloss import ImageNoise, Sampler
-from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint
+from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint, set_threads
 from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
-SMALL = dict(model="gpt-tiny", steps=4800, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
-             ema_decay=0.999, weight_decay=0.02, size=16, patch=4, eval_every=600)
+SMALL = dict(model="gpt-tiny", steps=2800, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
+             ema_decay=0.999, weight_decay=0.02, size=16, patch=4, eval_every=400)
 IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, diffusion_batch_mul=4, lr=8e-4, lr_schedule="constant", warmup=62_500,
                 ema_decay=0.9999, weight_decay=0.02, patch=1, eval_every=5000)
 DEFAULTS = {"digits": SMALL, "shapes": SMALL, "folder": SMALL,
@@ -74,6 +74,7 @@ def parse_args(argv=None):
     p.add_argument("--eval_images", type=number(int, 1), default=1024, help="held-out images in the held-out loss, at most")
     p.add_argument("--samples_per_class", type=number(int, 1), default=10, help="images a class in samples.png")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    p.add_argument("--threads", type=number(int, 0), default=0, help="CPU threads, 0 = 1 for small models, else all")
     p.add_argument("--compile", action="store_true", help="torch.compile, CUDA only")
     p.add_argument("--checkpoint_blocks", action="store_true", help="recompute blocks in the backward pass: less memory, exact, slower")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes and memory, and stop")
@@ -177,7 +178,7 @@ def checkpoint(model, ema, optimizer, step, dataset, args):
 def resume(path, model, ema, optimizer, dataset, args):
     """Load a checkpoint of this very run and return its step; ValueError names whatever differs."""
     state = read_checkpoint(path)
-    free = {"steps", "accumulate", "device", "compile", "dry_run", "eval_every", "eval_images", "samples_per_class", "out_dir",
+    free = {"steps", "accumulate", "device", "threads", "compile", "dry_run", "eval_every", "eval_images", "samples_per_class", "out_dir",
             "max_bad", "data_dir", "vae", "cache_dir", "checkpoint_blocks"}
     changed = [f"--{k} {state['args'].get(k)} -> {v}" for k, v in vars(args).items() if k not in free and state["args"].get(k) != v]
     if asdict(model.cfg) != state["config"] and not changed:
@@ -279,6 +280,7 @@ def main():
         return describe(cfg, dataset, args, world)
     torch.manual_seed(args.seed)                                                     # the same weights on every rank
     model = build(cfg).to(world.device)
+    set_threads(model, world.device, args.threads)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     if args.checkpoint_blocks:
         checkpoint_blocks(model)
