@@ -274,7 +274,8 @@ data.run(train.main)
 def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_as_one(tmp_path, vae_files, small_shards, monkeypatch, capsys):
     folder = make_folder(tmp_path / "f", per_class=12, size=12)
     flags = [*LATENT, "--dataset", "folder", "--data_dir", folder, "--vae", vae_files[0], "--global_batch", 8, "--warmup", 2, "--steps", 2,
-             "--device", "cpu", "--samples_per_class", 2, "--model", "gpt-tiny", "--dropout", 0]        # dropout is drawn by rank
+             "--device", "cpu", "--samples_per_class", 2, "--model", "gpt-tiny",
+             "--dropout", 0, "--buffer", 0]                                                # both are by rank
     (tmp_path / "dies.py").write_text(DIES.format(shard=3))
     (tmp_path / "lives.py").write_text(DIES.format(shard=-1))
     p = torchrun(2, tmp_path / "dies.py", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags)
