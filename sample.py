@@ -90,7 +90,8 @@ class Drawer:
         group = torch.arange(len(self.classes) * S).repeat_interleave(n)
         y = torch.tensor(self.classes)[group // S]
         index = (y * S + group % S) * n + torch.arange(len(group)) % n               # a class is calibrated alike beside any others
-        for part in progress(torch.arange(len(group)).split(max(1, batch_size // n) * n)):
+        together = len(group) if self.recipe.refine.pooled else max(1, batch_size // n) * n  # pooled: one problem for all groups
+        for part in progress(torch.arange(len(group)).split(together)):
             refine = self.refiner.calibrate(group[part].to(self.device))
             self._draw(y[part], index[part].tolist(), -1, group[part] % S, refine)          # seed -1: noise that no --seed draws
         self.coupled = False

@@ -666,6 +666,22 @@ def test_the_same_seed_gives_the_same_file_at_any_batch_size(runs, tmp_path, mon
     assert np.abs(arrays[0] - arrays[1]).max() <= 1                                 # a value at a rounding edge may tip
 
 
+@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
+@pytest.mark.parametrize("flags", [["--refine", "default"], ["--refine", "sinkhorn", "--pooled", "--batch_size", 20], ["--refine", "gaussian", "--rank", 8],
+                                   ["--refine", "default", "--coupled"], ["--refine", "sinkhorn", "--lam", 0.1], ["--refine", "mean", "--K", 0]],
+                         ids=lambda f: " ".join(map(str, f)))
+@pytest.mark.filterwarnings("ignore:Sinkhorn stopped", "ignore:self-transport stopped")
+def test_refinement_from_the_command_line(name, flags, runs, tmp_path, monkeypatch, capsys):
+    """Refined images differ from plain ones; K = 0 gives them bitwise."""
+    common, images = ["--ckpt", runs[name], "--steps", 2, "--n", 100, "--m", 16, "--n_cal", 10, "--orders", 1 if name == "mar-tiny" else 0], []
+    for more in ([], flags):
+        out = tmp_path / f"{len(more)}.npz"
+        code, _, err = draw([*common, *more, "--out", out], monkeypatch, capsys)
+        assert code == 0, err
+        images.append(np.load(out)["arr_0"])
+    assert (images[0] == images[1]).all() == ("--K" in flags)
+
+
 def test_classes_are_chosen_by_name_or_number(runs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "s.npz"
     draw(["--ckpt", runs["mar-tiny"], "--steps", 2, "--classes", 3, 7, "--n", 6, "--num_iter", 4, "--out", out], monkeypatch, capsys)
