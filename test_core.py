@@ -561,7 +561,7 @@ def test_two_processes_equal_one_and_another_world_size_may_resume(tmp_path, mon
     flags = ["--model", "mar-tiny", "--lr_schedule", "constant", *FAST, *ALIKE]
     fit(tmp_path / "one", *flags, "--steps", 2, monkeypatch=monkeypatch, capsys=capsys)
     two = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", "--out_dir", tmp_path / "two", *flags, "--steps", 2)
-    log, _ = two.communicate(timeout=120)
+    log, _ = two.communicate(timeout=300)
     assert two.returncode == 0, log
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"]) < 2e-5     # as above
@@ -577,7 +577,7 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
         assert p.poll() is None, p.stdout.read()
     time.sleep(1.0)
     p.send_signal(name)
-    log, _ = p.communicate(timeout=60)
+    log, _ = p.communicate(timeout=300)
     assert p.returncode == 0 and "stopped by a signal" in log, log
     assert weights(tmp_path / "r")["step"] > 0
 
@@ -598,7 +598,7 @@ torch.save = dies
 train.main()
 """
     p = python("-c", code, "--out_dir", tmp_path / "r", *FAST, "--steps", 2)
-    log, _ = p.communicate(timeout=60)
+    log, _ = p.communicate(timeout=300)
     assert p.returncode == -signal.SIGKILL, log
     assert weights(tmp_path / "r")["step"] == 0, "the step-0 checkpoint is whole"
 

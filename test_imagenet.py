@@ -279,13 +279,13 @@ def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_
     (tmp_path / "dies.py").write_text(DIES.format(shard=3))
     (tmp_path / "lives.py").write_text(DIES.format(shard=-1))
     p = torchrun(2, tmp_path / "dies.py", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags)
-    log, _ = p.communicate(timeout=120)
+    log, _ = p.communicate(timeout=300)
     assert p.returncode != 0 and "Signal 9" in log, log
     assert (tmp_path / "c" / "00001.json").exists() and not (tmp_path / "c" / "00003.json").exists() and not (tmp_path / "c" / "manifest.json").exists()
     assert not (tmp_path / "two" / "ckpt.pt").exists(), "nobody trains before all shards are there"
     kept = (tmp_path / "c" / "00001.npy").stat().st_mtime_ns
     p = torchrun(2, tmp_path / "lives.py", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags)
-    log, _ = p.communicate(timeout=120)
+    log, _ = p.communicate(timeout=300)
     assert p.returncode == 0, log
     assert (tmp_path / "c" / "00001.npy").stat().st_mtime_ns == kept, "a whole shard is not encoded again"
     fit(tmp_path / "one", *flags, "--cache_dir", tmp_path / "d", monkeypatch=monkeypatch, capsys=capsys)
@@ -302,7 +302,7 @@ def test_three_processes_draw_the_file_of_one_refined_or_not(latent_run, vae_fil
     p = torchrun(3, "sample.py", *flags, "--out", tmp_path / "three.npz")        # 2 classes: one rank draws nothing
     code, _, err = cli(sample, [*flags, "--out", tmp_path / "one.npz"], monkeypatch, capsys)
     assert code == 0, err
-    log, _ = p.communicate(timeout=120)
+    log, _ = p.communicate(timeout=300)
     assert p.returncode == 0, log
     with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "three.npz") as b:
         assert np.array_equal(a["arr_1"], b["arr_1"])
