@@ -98,12 +98,9 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def modulations(self, y):
-        """y = time embedding + projected condition (..., width) -> what each block needs of it.
-
-        This is 3/5 of the head's arithmetic and does not depend on x_t, so that a sampler may
-        compute it for several diffusion steps in one matrix product.
-        """
-        return [block.adaLN_modulation(y) for block in (*self.res_blocks, self.final_layer)]
+        """y = time embedding + projected condition (..., width) -> what each block needs of it."""
+        y = F.silu(y)                                                    # once: adaLN_modulation is SiLU, Linear in each block
+        return [block.adaLN_modulation[1](y) for block in (*self.res_blocks, self.final_layer)]
 
     def denoise(self, x_t, mods):
         h = self.input_proj(x_t)                                         # (..., width)
@@ -119,6 +116,27 @@ class DenoisingMLP(nn.Module):
 
     def forward(self, x_t, t, c):
         return self.denoise(x_t, self.modulations(self.embed_time(t) + self.cond_embed(c)))
+
+    def along(self, ts, c, rows=1024):
+        """forward as a function (x_t, t) of one trajectory whose steps `ts` (a list, in order) and condition are known.
+
+        The modulations are 3/5 of the arithmetic and do not depend on x_t: they are computed for as many steps ahead as
+        make `rows` rows, in one matrix product. With few rows per step this reads the weights once instead of once per
+        step (what it gains: bench.py); with many it changes nothing. c is projected once, as is each t.
+        """
+        ahead = max(1, rows // c.shape[:-1].numel())
+        cond, time = self.cond_embed(c), self.time_embed(torch.tensor(ts, device=c.device))
+        ready = {}
+
+        def denoise(x_t, t):
+            if t not in ready:
+                j = ts.index(t)
+                ready.clear()
+                y = time[j:j + ahead].view(-1, *(1,) * (c.dim() - 1), time.shape[-1]) + cond       # (ahead, ..., width)
+                ready.update(zip(ts[j:j + ahead], zip(*(mod.unbind(0) for mod in self.modulations(y)))))
+            return self.denoise(x_t, ready[t])
+
+        return denoise
 
 
 # ---------------------------------------------------------------- the schedule
@@ -228,19 +246,23 @@ class DiffLoss(nn.Module):
         x0 = self.x0_from_xt[t][..., None] * x_t - self.x0_from_eps[t][..., None] * self.net(x_t, t, c)[0].float()
         return x0 if x0_bound is None else x0.clamp(-x0_bound, x0_bound)
 
-    def denoiser(self, c, c_null=None, cfg_scale=1.0):
+    def denoiser(self, c, c_null=None, cfg_scale=1.0, ts=None):
         """A function (x_t, t: int) -> (eps, v) under c (M, C), for the samplers below.
 
         With c_null (M, C) both branches run as one batch and eps = eps_null + cfg_scale (eps_c - eps_null);
-        v is the conditional branch's (as in MAR).
+        v is the conditional branch's (as in MAR). ts: the steps at which it will be called, in order, if they are
+        known: the same function, faster (DenoisingMLP.along).
         """
         guided = c_null is not None and cfg_scale != 1.0
         both = torch.cat([c, c_null]) if guided else c
 
+        def at(x_in, t):
+            return self.net(x_in, torch.full(x_in.shape[:1] + (1,) * (x_in.dim() - 2), t, device=x_in.device), both)
+
+        net = self.net.along(ts, both) if ts and hasattr(self.net, "along") else at
+
         def denoise(x_t, t):
-            x_in = torch.cat([x_t, x_t]) if guided else x_t
-            step = torch.full(x_in.shape[:1] + (1,) * (x_in.dim() - 2), t, device=x_in.device)
-            eps, v = (out.float() for out in self.net(x_in, step, both))
+            eps, v = (out.float() for out in net(torch.cat([x_t, x_t]) if guided else x_t, t))
             if guided:
                 (eps, eps_null), v = eps.chunk(2), v.chunk(2)[0]
                 eps = eps_null + cfg_scale * (eps - eps_null)
@@ -271,6 +293,17 @@ class ImageNoise:
 
     def rand(self, *shape):
         return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self.streams])
+
+
+@lru_cache
+def logsnr_steps(steps):
+    """`steps` training steps from t = 990 down to 0, evenly spread in lam = log(alpha / sigma): a list of ints."""
+    lam = np.log(respaced(T_TRAIN).alpha / respaced(T_TRAIN).sigma)
+    grid = np.linspace(lam[990], lam[0], steps) if steps > 1 else lam[[990]]
+    ts = [int(np.abs(lam - value).argmin()) for value in grid]
+    for j in reversed(range(steps - 1)):
+        ts[j] = max(ts[j], ts[j + 1] + 1)                                # fine grids: never the same step twice
+    return ts
 
 
 SOLVERS = ("ddpm", "ddim", "dpm++")
@@ -313,6 +346,11 @@ class Sampler:
     def n_noise(self, steps):
         """How many noise tensors a trajectory of `steps` takes: the initial one, and one per step if random."""
         return 1 if self.deterministic else 1 + steps
+
+    def timesteps(self, steps=None):
+        """The training steps t, in order, at which a trajectory calls the denoiser."""
+        steps = self.steps if steps is None else steps
+        return logsnr_steps(steps) if self.solver == "dpm++" else respaced_steps(steps)[::-1].tolist()
 
     def __call__(self, denoise, noise, steps=None, trace=None):
         """x0 (M, D) by `steps` calls of denoise(x_t, t) -> (eps, v).
@@ -361,15 +399,9 @@ class Sampler:
         return x
 
     def dpm_solver(self, denoise, x, noise, steps, trace):
-        # Second-order multistep in data prediction; lam = log(alpha / sigma) uniform from t = 990 to t = 0.
-        # The last evaluation, at t = 0, is itself the answer.
-        schedule = respaced(T_TRAIN)
-        lam = 0.5 * np.log(schedule.abar / (1 - schedule.abar))
-        grid = np.linspace(lam[990], lam[0], steps) if steps > 1 else lam[[990]]
-        ts = [int(np.abs(lam - value).argmin()) for value in grid]
-        for j in reversed(range(steps - 1)):
-            ts[j] = max(ts[j], ts[j + 1] + 1)                            # fine grids: never the same step twice
-        alpha, sigma = schedule.alpha, schedule.sigma
+        # Second-order multistep in data prediction. The last evaluation, at t = 0, is itself the answer.
+        schedule, ts = respaced(T_TRAIN), logsnr_steps(steps)
+        alpha, sigma, lam = schedule.alpha, schedule.sigma, np.log(schedule.alpha / schedule.sigma)
         before, h_before = None, None
         for t, s in zip(ts, ts[1:] + [None]):
             x0, _ = self.predict(denoise, x, schedule, t, trace)

@@ -303,9 +303,9 @@ def rope_2d(grid, head_dim, base=10000):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[2j], x[2j+1]) of x (B, H, T, head_dim) by the angles of rope_2d (T, head_dim / 2)."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    """Turn the pairs (x[2j], x[2j+1]) of x (..., T, head_dim) by the angles of rope_2d (T, head_dim / 2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).type_as(x)
 
 
 class CausalBlock(nn.Module):
@@ -314,7 +314,7 @@ class CausalBlock(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         d, hidden = cfg.n_embd, 256 * math.ceil(8 * cfg.n_embd / 3 / 256)
-        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.n_head = cfg.n_head
         self.norm1, self.norm2 = RMSNorm(d), RMSNorm(d)
         self.qkv, self.proj = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.w1, self.w3 = nn.Linear(d, hidden, bias=False), nn.Linear(d, hidden, bias=False)
@@ -323,13 +323,13 @@ class CausalBlock(nn.Module):
 
     def forward(self, h, cos, sin, cache=None, pos=0):
         """h (B, T, d). cache = (keys, values) (B, H, 1 + N, head_dim): T new entries are written at `pos`."""
-        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)                                # (B, H, T, head_dim)
+        qkv = self.qkv(self.norm1(h)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]                                  # (B, H, T, head_dim)
         if cache is not None:
             end = pos + h.shape[1]
             cache[0][:, :, pos:end], cache[1][:, :, pos:end] = k, v
             k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-        a = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, dropout_p=self.dropout * self.training)
+        a = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)          # no dropout of weights, as in LlamaGen
         h = h + self.drop(self.proj(a.transpose(1, 2).flatten(2)))
         n = self.norm2(h)
         return h + self.drop(self.w2(F.silu(self.w1(n)) * self.w3(n)))
@@ -385,9 +385,8 @@ class Generator(nn.Module):
             # CHOICE(guidance): only the conditional branch is refined; the null branch keeps its conditions.
             # Alternative: refine both, or the guided direction. No flag.
             c = refine(i, c, lambda c, full=False: self.reveal(c, pos, z[0], sampler, full))
-        denoise = self.diffloss.denoiser(c, c_null, cfg_scale)
+        denoise = self.diffloss.denoiser(c, c_null, cfg_scale, sampler.timesteps(steps))
         return sampler(denoise, z, steps)                                               # (B, n, D)
-
 
     def head_calls(self, sampler, num_iter=None):
         """Evaluations of the denoiser per image: one per token and diffusion step (cdm: one per diffusion step)."""
@@ -411,7 +410,7 @@ class Generator(nn.Module):
             raise ValueError("lam > 0 needs T^-1, but this model was trained without it; use --lam 0 or train with --inverse")
         if full:
             ddim = Sampler("ddim", sampler.steps, x0_bound=sampler.x0_bound)
-            x_hat = ddim(self.diffloss.denoiser(c), x_T[None])
+            x_hat = ddim(self.diffloss.denoiser(c, ts=ddim.timesteps()), x_T[None])
         else:
             # CHOICE(x_hat): evaluated at t = 900, where alpha = 0.16: nearly E[x | c], but the head's error is
             # magnified 6 times and not 20,000 times as at t = 999. Alternative: --inverse full. Flag: --inverse.

@@ -371,11 +371,34 @@ def test_the_time_table_of_training_equals_the_embedding_of_each_step():
     assert relative(net.embed_time(t), net.time_embed(t)) < 1e-5                    # fp32, other matmul shapes
 
 
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 4), (700,)])
+def test_modulations_computed_ahead_give_what_the_plain_head_gives(shape):
+    torch.manual_seed(0)
+    net = DenoisingMLP(4, 8, 16, 2)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    d, ts = DiffLoss(net), Sampler("ddpm", 7).timesteps()
+    c, c0, x = torch.randn(*shape, 8), torch.randn(*shape, 8), torch.randn(7, *shape, 4)
+    for null, scale in ((None, 1.0), (c0, 2.0)):
+        plain, fast = d.denoiser(c, null, scale), d.denoiser(c, null, scale, ts)
+        for t, x_t in zip(ts, x):
+            for got, want in zip(fast(x_t, t), plain(x_t, t)):
+                assert relative(got, want) < 1e-5, (t, relative(got, want))         # fp32, other matmul shapes
+
+
+def test_timesteps_are_those_at_which_a_sampler_calls_the_denoiser():
+    for solver in diffloss.SOLVERS:
+        for steps in (1, 2, 9, 100):
+            s, met = Sampler(solver, steps, x0_bound=1.0), []
+            s(lambda x, t: (met.append(t), (x, x))[1], torch.zeros(s.n_noise(steps), 1, 2))
+            assert s.timesteps() == met, (solver, steps)
+
+
 def test_annealing_takes_the_stated_number_of_steps():
     s = Sampler(steps=20, steps_late=5)
     assert [s.steps_at(i, 16) for i in (0, 15)] == [20, 5] and s.steps_at(0, 1) == 20
     m, calls = tiny("gpt-tiny"), []
-    m.diffloss.net.register_forward_hook(lambda *a: calls.append(1))
+    m.diffloss.net.input_proj.register_forward_hook(lambda *a: calls.append(1))
     m.generate(torch.arange(2), ImageNoise(0, range(2)), Sampler(steps=6, steps_late=2, x0_bound=1.0))
     assert len(calls) == m.head_calls(Sampler(steps=6, steps_late=2))
 
