@@ -43,8 +43,9 @@ class Row(NamedTuple):
     apart: int = 0                               # held-out images of a class that are left out of the reference
 
 
-def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=200, ref_split="train", n_cal=0, **config):
-    return Recipe(sampler, cfg_scale, refine=RefineConfig(**config), inverse=inverse, orders=orders, m=m, ref_split=ref_split, n_cal=n_cal)
+def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=200, ref_split="train", n_cal=0, target="teacher", **config):
+    return Recipe(sampler, cfg_scale, refine=RefineConfig(**config), inverse=inverse, orders=orders, m=m,
+                  ref_split=ref_split, n_cal=n_cal, target=target)
 
 
 def ablation(full):
@@ -74,6 +75,8 @@ def ablation(full):
         Row("parts", "literal Algorithm 1, frozen", "ar", refined(**paper)),
         Row("targets", "40 training images", "ar", refined(m=40), apart=40),
         Row("targets", "40 held-out images", "ar", refined(m=40, ref_split="heldout")),
+        Row("targets", "64 conditions of the training buffer", "ar", refined(target="buffer")),
+        Row("targets", "64 training images", "ar", refined(m=64)),
         Row("targets", "pooled, reg 0.02", "ar", refined(pooled=True, reg=0.02)),
     ]
     if full:

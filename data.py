@@ -399,7 +399,7 @@ def load_mar_cache(root, grid, scale, tokeniser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS) or "default" in (action.help or "")
+        shown = action.default not in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
         return super()._get_help_string(action) if shown else action.help
 
 

@@ -33,7 +33,7 @@ from diffloss import ImageNoise, Sampler
 from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint, set_threads
 from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
-SMALL = dict(model="gpt-tiny", steps=2800, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
+SMALL = dict(model="gpt-tiny", steps=2400, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
              ema_decay=0.999, weight_decay=0.02, optimizer="muon", size=16, patch=4, eval_every=400)
 IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, diffusion_batch_mul=4, lr=8e-4, lr_schedule="constant", warmup=62_500,
                 ema_decay=0.9999, weight_decay=0.02, optimizer="adamw", patch=1, eval_every=5000)
