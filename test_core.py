@@ -5,13 +5,17 @@ command line. No test asserts a time.
 """
 import ast
 import copy
+import functools
 import glob
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +25,9 @@ import ot
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
 import diffloss
@@ -580,16 +587,87 @@ def python(*argv, env=None, **kw):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **kw)
 
 
+def one_rank(module, argv, before):
+    """What each process of `torchrun` below runs."""
+    sys.argv = [f"{module}.py", *argv]
+    if before:
+        before()
+    data.run(importlib.import_module(module).main)
+
+
+def torchrun(n, module, *argv, before=None, restarts=0):
+    """(success, output of all processes, life by life and rank by rank) of `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun
+    --nproc_per_node n --max-restarts restarts -- module.py argv`; before() is called first in each process.
+
+    The agent, its rendezvous, restarts and signals are torchrun's own. Only the processes start otherwise: they are forked
+    from a server that has imported everything once, where torchrun starts n interpreters, 3 s each.
+    """
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    # the first optimiser imports torch._dynamo, for seconds
+    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot", "test_core", "test_imagenet", "evaluate"])
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test", max_restarts=restarts, monitor_interval=0.1,
+                              start_method="forkserver", logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL))
+        try:
+            elastic_launch(config, one_rank)(module, [str(a) for a in argv], before)
+            success = True
+        except ChildFailedError:
+            success = False
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+        return success, "".join(f.read_text() for f in sorted(Path(logs).rglob("std*.log")))
+
+
 def test_two_processes_equal_one_and_another_world_size_may_resume(tmp_path, monkeypatch, capsys):
     flags = ["--model", "mar-tiny", "--lr_schedule", "constant", *FAST, *ALIKE]
     fit(tmp_path / "one", *flags, "--steps", 2, monkeypatch=monkeypatch, capsys=capsys)
-    two = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", "--out_dir", tmp_path / "two", *flags, "--steps", 2)
-    log, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, log
+    success, log = torchrun(2, "train", "--out_dir", tmp_path / "two", *flags, "--steps", 2)
+    assert success, log
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"]) < 2e-5     # as above
     fit(tmp_path / "two", *flags, "--steps", 3, monkeypatch=monkeypatch, capsys=capsys)
     assert weights(tmp_path / "two")["step"] == 3
+
+
+def dies_in_steps(*steps):
+    """In life k of the job, rank 2 is killed when it begins step steps[k]."""
+    doomed, real = steps[int(os.environ["TORCHELASTIC_RESTART_COUNT"])], train.train_step
+
+    def train_step(step, *a):
+        if os.environ["RANK"] == "2" and step == doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(step, *a)
+    train.train_step = train_step
+
+
+def test_a_job_of_four_whose_process_is_killed_restarts_itself_and_ends_with_two_as_if_never_interrupted(tmp_path, monkeypatch, capsys):
+    flags = ["--lr_schedule", "constant", *FAST, *ALIKE, "--eval_every", 1, "--eval_images", 8, "--steps", 4]
+    fit(tmp_path / "one", *flags, monkeypatch=monkeypatch, capsys=capsys)
+    success, log = torchrun(4, "train", "--out_dir", tmp_path / "r", *flags, before=functools.partial(dies_in_steps, 1, 3), restarts=1)
+    assert not success and "at step 1 of 4" in log, f"torchrun starts all four again, and they resume: {log}"
+    assert weights(tmp_path / "r")["step"] == 3
+    success, log = torchrun(2, "train", "--out_dir", tmp_path / "r", *flags)
+    assert success and "at step 3 of 4" in log, log
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "r")
+    for part in ("model", "ema"):                                                    # twice the tolerance of above: 4 steps
+        assert max(float((a[part][k] - b[part][k]).abs().max()) for k in a[part]) < 4e-5
+    steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4], "no step is recorded twice"
+
+
+def fails_on_rank_1():
+    real, data.time.sleep = time.sleep, lambda seconds: real(seconds / 10)           # the wait for torchrun, which will not come
+    if os.environ["RANK"] == "1":
+        sys.argv += ["--data_dir", "elsewhere", "--dataset", "folder"]
+
+
+@pytest.mark.parametrize("before, words", [(None, "must be a multiple of processes x --accumulate = 3 x 1"), (fails_on_rank_1, "elsewhere is not a folder")])
+def test_an_error_of_all_processes_is_said_once_and_that_of_one_is_not_lost(before, words, tmp_path):
+    flags = ["--steps", 1, "--global_batch", 8 if before is None else 9, "--device", "cpu", "--model", "gpt-tiny"]
+    success, log = torchrun(3, "train", "--out_dir", tmp_path / "r", *flags, before=before)
+    assert not success and log.count(words) == 1, log
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
