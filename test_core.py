@@ -234,6 +234,15 @@ def test_conditions_met_in_generation_equal_teacher_forcing_on_the_result(name, 
     assert relative(seen, want) < 1e-5                                              # fp32, other summation order
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_are_kept_in_the_dtype_in_which_they_are_computed(dtype):
+    m, caches = tiny("gpt-tiny"), []
+    m.blocks[0].register_forward_pre_hook(lambda block, args: caches.extend(a for a in args if torch.is_tensor(a) and a.dim() == 5))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        x = m.generate(torch.tensor([1, 4]), ImageNoise(0, range(2)), Sampler("ddim", 2, x0_bound=1.0), 2.0)
+    assert len(caches) == 16 and all(cache.dtype == dtype for cache in caches) and x.isfinite().all()
+
+
 def test_mar_conditions_depend_on_the_set_of_known_patches_not_on_their_order():
     m = tiny("mar-tiny")
     x, y = tokens(3, m)
