@@ -8,6 +8,7 @@ import copy
 import functools
 import glob
 import importlib
+import io
 import json
 import multiprocessing
 import os
@@ -596,30 +597,46 @@ def python(*argv, env=None, **kw):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **kw)
 
 
-def one_rank(module, argv, before):
-    """What each process of `torchrun` below runs."""
+def fork_server():
+    """Where the tests' processes come from: forked from a server that has imported everything once, which takes a new interpreter
+    5 s each time."""
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    # the first optimiser imports torch._dynamo, for seconds
+    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot", "test_core", "test_imagenet", "evaluate"])
+    return multiprocessing.get_context("forkserver")
+
+
+def program(module, argv, before=None, log=None):
+    """What such a process runs: a program, after before(); output to the file log."""
+    if log:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.argv = [f"{module}.py", *argv]
     if before:
         before()
     data.run(importlib.import_module(module).main)
 
 
+def start(log, module, *argv, before=None):
+    """A running process of a program."""
+    p = fork_server().Process(target=program, args=(module, [str(a) for a in argv], before, str(log)))
+    p.start()
+    return p
+
+
 def torchrun(n, module, *argv, before=None, restarts=0):
     """(success, output of all processes, life by life and rank by rank) of `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun
     --nproc_per_node n --max-restarts restarts -- module.py argv`; before() is called first in each process.
 
-    The agent, its rendezvous, restarts and signals are torchrun's own. Only the processes start otherwise: they are forked
-    from a server that has imported everything once, where torchrun starts n interpreters, 3 s each.
+    The agent, its rendezvous, restarts and signals are torchrun's own; only the start of the processes is cheaper.
     """
-    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    # the first optimiser imports torch._dynamo, for seconds
-    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot", "test_core", "test_imagenet", "evaluate"])
+    fork_server()
     handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test", max_restarts=restarts, monitor_interval=0.1,
                               start_method="forkserver", logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL))
         try:
-            elastic_launch(config, one_rank)(module, [str(a) for a in argv], before)
+            elastic_launch(config, program)(module, [str(a) for a in argv], before)
             success = True
         except ChildFailedError:
             success = False
@@ -681,35 +698,35 @@ def test_an_error_of_all_processes_is_said_once_and_that_of_one_is_not_lost(befo
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
-    p = python("train.py", "--out_dir", tmp_path / "r", *FAST, "--steps", 100_000, "--eval_every", 100_000)
+    p = start(tmp_path / "log", "train", "--out_dir", tmp_path / "r", *FAST, "--steps", 100_000, "--eval_every", 100_000)
     while not (tmp_path / "r" / "ckpt.pt").exists():
         time.sleep(0.1)
-        assert p.poll() is None, p.stdout.read()
+        assert p.is_alive(), (tmp_path / "log").read_text()
     time.sleep(1.0)
-    p.send_signal(name)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == 0 and "stopped by a signal" in log, log
+    os.kill(p.pid, name)
+    p.join(300)
+    assert p.exitcode == 0 and "stopped by a signal" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()
     assert weights(tmp_path / "r")["step"] > 0
 
 
+def dies_in_the_second_save():
+    real = torch.save
+
+    def save(state, f):
+        if state["step"] == 0:
+            return real(state, f)
+        whole = io.BytesIO()
+        real(state, whole)
+        f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+
+
 def test_a_kill_during_a_save_never_costs_the_previous_checkpoint(tmp_path):
-    code = """
-import os, signal, sys, torch
-sys.path.insert(0, os.getcwd())
-import model, train
-real = torch.save
-def dies(state, f):
-    if state["step"] == 0:
-        return real(state, f)
-    import io
-    b = io.BytesIO(); real(state, b); f.write(b.getvalue()[:len(b.getvalue()) // 2]); f.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dies
-train.main()
-"""
-    p = python("-c", code, "--out_dir", tmp_path / "r", *FAST, "--steps", 2)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == -signal.SIGKILL, log
+    p = start(tmp_path / "log", "train", "--out_dir", tmp_path / "r", *FAST, "--steps", 2, before=dies_in_the_second_save)
+    p.join(300)
+    assert p.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert weights(tmp_path / "r")["step"] == 0, "the step-0 checkpoint is whole"
 
 

@@ -8,11 +8,13 @@ import re
 import shlex
 import signal
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import parse_args as launch_args
 
 import data
 import evaluate
@@ -87,6 +89,11 @@ def test_a_cache_of_another_vae_size_or_set_of_files_is_refused_in_one_line(tmp_
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="made with another size 8 -> 4"):
         data.load("folder", root, size=4, patch=1, vae=vae_files[0], cache_dir=tmp_path / "c")
+    manifest = (tmp_path / "c" / "manifest.json").read_text()
+    (tmp_path / "c" / "manifest.json").write_text(manifest.replace("halve, bicubic, centre", "squashed"))
+    with pytest.raises(ValueError, match="made with another crop squashed -> halve"):
+        load(root, vae_files[0], tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(manifest)
     (root / "cat" / "0.png").unlink()
     with pytest.raises(ValueError, match="made with another files"):
         load(root, vae_files[0], tmp_path / "c")
@@ -748,12 +755,55 @@ def test_a_thousand_classes_from_checkpoint_to_fid_in_two_processes(tmp_path, va
         assert values[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_every_command_of_the_readme_is_understood():
-    text = (train.Path(__file__).parent / "README_imagenet.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"(train|sample)\.py( [^`\n]*)", text)
-    refine = re.search(r"REFINE = (.*)", text)[1]
-    assert len(found) >= 9
-    for program, flags in [*found, ("sample", refine)]:
-        argv = [a for a in shlex.split(flags) if a != "..."]
-        args = {"train": train, "sample": sample}[program].parse_args(argv)
+README = (Path(__file__).parent / "README_imagenet.md").read_text()
+
+
+def arguments(program, flags):
+    """The parsed flags of a command, as the program itself parses them."""
+    return {"train": train.parse_args, "sample": sample.parse_args, "evaluate": evaluate.metrics_args}[program](shlex.split(flags))
+
+
+def test_every_command_of_the_readme_is_whole_and_understood():
+    found = re.findall(r"(train|sample|evaluate)\.py( --[^`\n]*)", re.sub(r"\\\n +", "", README))
+    assert len(found) > 50
+    jobs = re.findall(r"torchrun (--[^`\n]*)", re.sub(r"\\\n +", "", README))
+    assert len(jobs) > 48 and all(launch_args(shlex.split(job)).training_script in ("train.py", "sample.py", "evaluate.py") for job in jobs)
+    for program, flags in found:
+        assert "..." not in flags, flags
+        args = arguments(program, flags)
         assert not getattr(args, "model", None) or args.model in models.PRESETS
+
+
+def test_the_rows_of_the_readme_are_the_output_of_plan():
+    lines = [next(line for line in README.splitlines() if line.startswith(f"| {name} | {(size // 16) ** 2} |")) for name, size in plan.ROWS]
+    fits = [int(line.split("|")[6].split("(")[0]) for line in lines]
+    assert README.endswith("\n".join([plan.HEADER, *lines]) + "\n\n" + "\n\n".join(plan.section(*row, fit) for row, fit in zip(plan.ROWS, fits)) + "\n")
+    for k in (0, 2):                                                     # two of ten, since each takes seconds
+        assert plan.table_row(*plan.ROWS[k]) == (lines[k], fits[k])
+
+
+@pytest.mark.parametrize("name, size", plan.ROWS)
+def test_the_commands_of_a_row_fit_each_other_the_model_and_the_machine(name, size):
+    found = dict(plan.commands(name, size, 256))
+    split = {what: re.fullmatch(r"torchrun --nproc_per_node 8 -- (\w+)\.py (.*)", command).groups() for what, command in found.items()}
+    args = {what: arguments(*parts) for what, parts in split.items()}
+    run = args["training"]
+    stated = {k: v for k, v in vars(run).items() if f"--{k} " in found["training"]}
+    assert {k: stated[k] for k in stated if k in train.IMAGENET} == {**{k: v for k, v in train.IMAGENET.items() if k in stated}, "model": name}, "the defaults, spelled out"
+    assert run.dataset == f"imagenet{size}" and abs(run.steps * run.global_batch / plan.IMAGENET - 400) < 1 and run.warmup * 4 == run.steps
+    assert all(run.global_batch % (8 * plan.accumulation(fit)) == 0 and run.global_batch // 8 // plan.accumulation(fit) <= fit for fit in (1, 7, 52, 300))
+    model = plan.on_meta(preset(name, grid=size // 16))
+    for kind in ("", ", refined")[:1 + (name != "cdm-xl")]:
+        draws, judged = args["sampling" + kind], args["measuring" + kind]
+        recipe = sample.make_recipe(draws, model.cfg.kind, 5.0)
+        sample.Drawer(model, recipe, [])                                 # raises where they do not fit each other
+        assert recipe.refined == bool(kind) and draws.n == 50 * 1000 and draws.ckpt == run.out_dir and judged.samples == draws.out
+        assert not kind or sample.refinement_bytes(model, recipe)[1] < draws.refine_memory * 1e9, "at least one class fits"
+
+
+@pytest.mark.parametrize("name, size", [("mar-b", 256), ("cdm-xl", 512)])
+def test_the_training_command_of_a_row_describes_itself_without_data(name, size, tmp_path, monkeypatch, capsys):
+    argv = shlex.split(dict(plan.commands(name, size, 64))["training"].split("train.py")[1])
+    argv = [a for k, a in enumerate(argv) if not {argv[k], argv[k - 1]} & {"--data_dir", "--vae", "--accumulate"}]      # no files, one process
+    code, out, err = cli(train, [*argv, "--accumulate", 32, "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and "1281167 training" in out and f"{(size // 16) ** 2} tokens of 16" in out and "250000 steps take about" in out, err
