@@ -628,13 +628,16 @@ def test_flops_and_memory_of_the_published_sizes_are_those_of_a_calculation_by_h
 
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny", "cdm-tiny"])
-def test_depth_extrapolation_of_flops_is_exact(name):
+def test_depth_extrapolation_of_flops_and_memory_is_exact(name, monkeypatch):
     cfg = preset(name, token_dim=4, grid=4)
     deep = plan.replace(cfg, n_layer=5)
     model = plan.on_meta(deep)
     with plan.FlopCounterMode(display=False) as counter:
         model.loss(*plan.one_image(model)).sum().backward()
     assert plan.training_flops(deep) == counter.get_total_flops()
+    held = [plan.memory_estimate(deep, 3, recompute)[1:] for recompute in (False, True)]
+    monkeypatch.setattr(plan, "by_layers", lambda cfg, count: count(cfg))
+    assert held == [plan.memory_estimate(deep, 3, recompute)[1:] for recompute in (False, True)] and held[1][1] < held[0][1]
 
 
 def test_dry_run_of_imagenet_needs_neither_data_nor_vae(tmp_path, monkeypatch, capsys):
