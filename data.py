@@ -398,11 +398,17 @@ def load_mar_cache(root, grid, scale, tokeniser):
 
 # ---------------------------------------------------------------- command line
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS) or "default" in (action.help or "")
+        return super()._get_help_string(action) if shown else action.help
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in --help, no abbreviations, and the closest match for a mistyped flag."""
 
     def __init__(self, **kw):
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kw)
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kw)
 
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)

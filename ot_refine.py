@@ -178,7 +178,7 @@ def sinkhorn(cost, reg, a=None, b=None, g=None, n_iter=100, tol=None, block=10):
         if tol is not None:
             _warn_once("sinkhorn", f"Sinkhorn stopped after n_iter={n_iter} with marginal error {err.max():.1e} > tol={tol:.1e} "
                        f"in {int((err > tol).sum())} of {len(err)} groups ({cost.shape[1]} x {cost.shape[2]}, mean cost up to "
-                       f"{scaled.mean((1, 2)).max():.0f} reg); raise n_iter, reg or tol. Not repeated.")
+                       f"{(a[:, :, None] * b[:, None] * scaled).sum((1, 2)).max():.0f} reg); raise n_iter, reg or tol. Not repeated.")
     return reg * f.masked_fill(a == 0, 0), reg * g.masked_fill(b == 0, 0), err
 
 

@@ -46,6 +46,7 @@ class Recipe:
     refine: RefineConfig = field(default_factory=lambda: RefineConfig(method="none"))
     inverse: str = "one"                # x_hat for T^-1, only if refine.lam > 0: "one" evaluation or a "full" trajectory
     orders: int = 0                     # mar: size of the pool of generation orders; 0: a fresh one for each image
+    target: str = "teacher"             # P_c*: conditions of real images, or the "buffer" collected in training
     m: int = 200                        # reference images per class, at most
     ref_split: str = "train"
     n_cal: int = 200                    # images per class and order that calibrate frozen mode
@@ -75,12 +76,17 @@ class Drawer:
         # pool of S and image k has a fixed one of them. Alternative: pooled targets under fresh orders. Flag: --orders.
         if recipe.refined and kind == "mar" and not recipe.orders:
             raise ValueError("--orders 0 with --refine: targets need a pool of generation orders; use --orders 1 or more")
+        if recipe.refined and recipe.target == "buffer" and not model.cfg.buffer:
+            raise ValueError("--target buffer: this model was trained without one; train with --buffer 64, or use --target teacher")
         self.pool = torch.rand(recipe.orders, N, generator=torch.Generator().manual_seed(0)).argsort(1) \
             if kind == "mar" and recipe.orders else None
 
     def set_targets(self, tokens_of):
         """Particles of P_c* for every class, order and AR step. tokens_of(y, m) -> (<= m, N, D) of real images."""
-        targets, weights = ideal_conditions(self.model, tokens_of, self.classes, self.recipe.m, self.pool, self.recipe.num_iter)
+        if self.recipe.target == "buffer":
+            targets, weights = buffered_conditions(self.model, self.classes, self.pool, self.recipe.num_iter), None
+        else:
+            targets, weights = ideal_conditions(self.model, tokens_of, self.classes, self.recipe.m, self.pool, self.recipe.num_iter)
         self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights), True
 
     def calibrate(self, tokens_of, batch_size=1000, progress=iter):
@@ -132,7 +138,7 @@ def ideal_conditions(model, tokens_of, classes, m, pool=None, num_iter=None, bat
     """Particles of P_c*: teacher-forced conditions of at most m real images per class -> (targets, weights) of a Refiner.
 
     CHOICE(target): the ideal condition is what the transformer computes from an error-free context, so that P_c
-    differs from P_c* by exposure bias alone. Alternative: a buffer of the conditions met in training.
+    differs from P_c* by exposure bias alone. Alternative: a buffer of the conditions met in training. Flag: --target.
     The group of class number k and order s is k S + s. One (G, P_i, m, C) per AR step, None for step 0, whose condition
     depends on the class alone and has no error; weights (G, m) are zero where a class has fewer than m images.
     """
@@ -156,6 +162,17 @@ def ideal_conditions(model, tokens_of, classes, m, pool=None, num_iter=None, bat
             for i, (a, b) in enumerate(model.chain(num_iter)):
                 targets[i].append((c[:, a:b] if pool is None else c[:, pool[s, a:b]]).transpose(0, 1))
     return [None, *(torch.stack(t) for t in targets[1:])], weights.flatten(0, 1)
+
+
+def buffered_conditions(model, classes, pool=None, num_iter=None):
+    """Particles of P_c* from the conditions that training met last, groups and steps as in `ideal_conditions`.
+
+    They come from the raw weights under dropout and, for mar, from all masks under which a position was predicted.
+    """
+    kept = model.buffer.targets()[list(classes)]                                        # (K, N, m, C)
+    orders = torch.arange(kept.shape[1], device=kept.device)[None] if pool is None else pool.to(kept.device)
+    targets = [kept[:, orders[:, a:b]].flatten(0, 1) for a, b in model.chain(num_iter)] # (K S, P_i, m, C)
+    return [None, *targets[1:]]
 
 
 def reference_tokens(facts, split, data_dir=None, vae=None, cache_dir=None):
@@ -228,6 +245,8 @@ def add_drawing_flags(p):
     r.add_argument("--biased", dest="debias", action="store_false", default=None, help="entropic map without debiasing")
     r.add_argument("--explicit", dest="implicit", action="store_false", default=None, help="explicit instead of implicit JKO steps")
     r.add_argument("--coupled", action="store_true", help="literal Algorithm 1: plans between the images of a batch")
+    r.add_argument("--target", choices=("teacher", "buffer"), default="teacher",
+                   help="ideal conditions: those of real images, or those that training met last (needs train.py --buffer)")
     r.add_argument("--m", type=number(int, 1), default=200, help="reference images per class, at most")
     r.add_argument("--ref_split", choices=("train", "heldout"), default="train", help="where reference images come from")
     r.add_argument("--n_cal", type=number(int, 8), default=200, help="images per class (and order) that calibrate frozen mode")
@@ -245,7 +264,8 @@ def make_recipe(args, kind, x0_bound):
     orders = args.orders if args.orders is not None else int(kind == "mar" and bool(refine.stages()))
     bound = x0_bound if args.x0_bound is None else args.x0_bound or None
     sampler = Sampler(args.solver, args.steps, args.steps_late, args.ddim_eta, args.temperature, bound)
-    return Recipe(sampler, args.cfg_scale, args.cfg_schedule, args.num_iter, refine, args.inverse, orders, args.m, args.ref_split, args.n_cal)
+    return Recipe(sampler, args.cfg_scale, args.cfg_schedule, args.num_iter, refine, args.inverse, orders, args.target, args.m,
+                  args.ref_split, args.n_cal)
 
 
 def newest_run(root="out"):

@@ -741,13 +741,62 @@ def test_a_non_finite_loss_names_the_step_the_causes_and_the_last_good_checkpoin
     assert all(v.isfinite().all() for v in weights(tmp_path / "r")["model"].values())
 
 
+@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
+def test_buffer_targets_are_the_conditions_kept_for_each_class_position_and_order(name):
+    m = tiny(name, buffer=5, num_classes=3)
+    c = torch.randn(7, 16, m.cfg.n_embd, generator=gen())
+    for y in range(3):
+        m.buffer.push(c + y, torch.arange(16).expand(7, -1), torch.full((7,), y))
+    mar = name == "mar-tiny"
+    recipe = sample.Recipe(refine=RefineConfig(method="mean"), target="buffer", orders=2 * mar, num_iter=5 if mar else None)
+    drawer = sample.Drawer(m, recipe, [2, 0])
+    drawer.set_targets(None)
+    order = drawer.pool if mar else torch.arange(16)[None]
+    for i, (a, b) in enumerate(m.chain(recipe.num_iter)):
+        if i == 0:
+            assert 0 not in drawer.refiner.targets, "the first condition depends on the class alone"
+            continue
+        for k, y in enumerate([2, 0]):
+            for s, o in enumerate(order):
+                got = drawer.refiner.targets[i][k * len(order) + s]                 # (P, m, C), the last 5 of 7
+                want = (c + y)[2:, o[a:b]].transpose(0, 1)
+                assert relative(got.sort(1)[0], want.sort(1)[0]) < 2e-3, "kept in half precision"
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (192, 64), (64, 256)])
+def test_muon_gives_every_direction_of_a_matrix_about_the_same_step(shape):
+    g = torch.randn(3, *shape, generator=gen()) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    u, size, vt = torch.linalg.svd(g, full_matrices=False)
+    got = u.mT @ train.orthogonal(g) @ vt.mT                                        # diagonal if the directions are kept
+    values = got.diagonal(dim1=1, dim2=2)
+    assert (got - torch.diag_embed(values)).abs().max() < 1e-4                      # fp32
+    counted = values[size > 0.02 * size.square().sum(-1, keepdim=True).sqrt()]      # a Gaussian square matrix is nearly singular
+    assert len(counted) > 0.8 * values.numel() and 0.6 < counted.min() and counted.max() < 1.25, (counted.min(), counted.max())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["gpt-tiny", "mar-tiny", "cdm-tiny"])
+def test_every_parameter_has_one_optimiser_and_moves(optimizer, model, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, FAST), "--optimizer", optimizer])
+    args, dataset, m = train.parse_args(), data.load("digits"), build(preset(model, grid=4, num_classes=10))
+    for p in m.parameters():                                                        # zeros pass no gradient on
+        torch.nn.init.normal_(p, std=0.02) if not p.any() else None
+    optimizers, before, ema = train.make_optimizers(m, args), [p.clone() for p in m.parameters()], copy.deepcopy(m).requires_grad_(False)
+    owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(map(id, owned)) == sorted(map(id, m.parameters()))
+    world = type("W", (), {"size": 1, "rank": 0, "device": torch.device("cpu")})
+    train.train_step(0, m, m, ema, optimizers, dataset, args, world)
+    still = [n for (n, p), b in zip(m.named_parameters(), before) if torch.equal(p, b)]
+    assert not still, still
+
+
 def test_no_step_leaves_a_graph_behind(monkeypatch):
     """An average that tracks gradients grows by one graph node per step and tensor until memory is full."""
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, FAST)])
     args, dataset, m = train.parse_args(), data.load("digits"), build(preset("gpt-tiny", grid=4, num_classes=10))
     ema = copy.deepcopy(m).requires_grad_(False)
     world = type("W", (), {"size": 1, "rank": 0, "device": torch.device("cpu")})
-    loss = train.train_step(0, m, m, ema, train.make_optimizer(m, args), dataset, args, world)
+    loss = train.train_step(0, m, m, ema, train.make_optimizers(m, args), dataset, args, world)
     assert not loss.requires_grad and all(p.grad_fn is None and not p.requires_grad for p in ema.parameters())
     assert any(not torch.equal(a, b) for a, b in zip(ema.parameters(), m.parameters()))
 
