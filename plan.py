@@ -212,7 +212,8 @@ def table_row(name, size):
     times = [f"{t:.0f} h" if t >= 10 else f"{t:.1f} h" for t in times]
     if cfg.kind == "cdm":
         times[-2:] = "-", "-"
-    return (f"| {name} | {cfg.n_tokens} | {c['parameters'] / 1e6:.0f}M | {c['weights'] / 1e9:.1f} GB | {c['kept'] / 1e9:.2f} ({c['kept_recompute'] / 1e9:.2f}) GB "
+    return (f"| {name} | {cfg.n_tokens} | {c['parameters'] / 1e6:.0f}M | {c['weights'] / 1e9:.1f} GB "
+            f"| {c['kept'] / 1e9:.2f} ({c['kept_recompute'] / 1e9:.2f}) GB "
             f"| {fit} ({recomputed}) | {training / 1e9:.0f} GB | {sampling / 1e9:.0f} GB{'' if cfg.kind == 'cdm' else ' (+ 16)'} | {c['step'] / 1e15:.2f} "
             f"| {times[0]} | {times[1]} | {c['image'] / 1e12:.1f} | " + " | ".join(times[2:]) + " |"), fit
 
