@@ -658,11 +658,14 @@ def test_two_processes_equal_one_and_another_world_size_may_resume(tmp_path, mon
 
 
 def dies_in_steps(*steps):
-    """In life k of the job, rank 2 is killed when it begins step steps[k]."""
+    """In life k of the job, rank 2 is killed when it begins step steps[k] and the checkpoint of the step before is written."""
     doomed, real = steps[int(os.environ["TORCHELASTIC_RESTART_COUNT"])], train.train_step
 
     def train_step(step, *a):
         if os.environ["RANK"] == "2" and step == doomed:
+            record = Path(a[-2].out_dir) / "metrics.jsonl"                           # is written after the checkpoint
+            while not record.exists() or f'"step": {step},' not in record.read_text():
+                time.sleep(0.05)
             os.kill(os.getpid(), signal.SIGKILL)
         return real(step, *a)
     train.train_step = train_step
