@@ -133,6 +133,7 @@ def parse_args(argv):
     p.add_argument("--out_dir", default=os.path.join("out", "ablation"), help="rows.jsonl, table.csv and figures go here")
     p.add_argument("--cache", default="cache", help="where trained classifiers are kept")
     p.add_argument("--data_dir", help="folder data sets: where the images are (default: as in training)")
+    p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     args = p.parse_args(argv)
     for k, (quick, full) in {"seeds": (2, 5), "n": (500, 1000), "n_cal": (100, 200)}.items():
@@ -143,7 +144,7 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     device, out = pick_device(args.device), Path(args.out_dir)
-    runs = {kind: Run(getattr(args, kind), device, args.data_dir) for kind in KINDS if getattr(args, kind)}
+    runs = {kind: Run(getattr(args, kind), device, args.data_dir, args.vae) for kind in KINDS if getattr(args, kind)}
     if not runs:
         raise ValueError("which models? give --ar RUN, --mar RUN or --cdm RUN")
     check_runs(runs)

@@ -15,6 +15,7 @@ import argparse
 import difflib
 import os
 import sys
+import time
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -421,6 +422,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def bad_input(message):
+    """Say what is wrong, once: of many processes the first speaks at once. The others, who mostly met the same, wait for
+    torchrun to end them (it does within a second), and speak if nobody did: one bad disk must not die in silence."""
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    time.sleep(5 * (rank > 0) + 5 * (local > 0))
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return 2
 

@@ -1,8 +1,9 @@
 """How good are the samples: FID, KID, Inception score, precision, recall, sliced W2, class accuracy, copying.
 
     python evaluate.py --ckpt out --refine default --seeds 0 1 2       draw from a checkpoint, measure against its held-out images
+    python evaluate.py --ckpt runs/mar-b --vae kl16.ckpt ...           a model of latents: against decoded held-out latents
     python evaluate.py --samples s.npz --ref r.npz                     one set of samples against one of real images
-    torchrun --nproc_per_node=8 evaluate.py --samples s.npz --ref r.npz   the same numbers, each rank a share of the images
+    torchrun --nproc_per_node 8 -- evaluate.py --samples s.npz --ref r.npz   the same numbers, each rank a share of the images
     python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm  the ablation: tables and figures (see ablate.py)
     python evaluate.py theory --ar out/ar --mar out/mar --cdm out/cdm  the paper's claims, measured (see theory.py)
 
@@ -37,9 +38,9 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, image_grid, number, run, to_uint8
 from inception import INCEPTION_FILE, load_inception
-from model import find_checkpoint, load_model, pick_device, set_threads, set_threads
+from model import find_checkpoint, load_model, pick_device, set_threads
 from ot_refine import RefineConfig
-from sample import Drawer, add_drawing_flags, batches, make_recipe, prepare_refinement
+from sample import Drawer, add_drawing_flags, batches, make_recipe, prepare_refinement, refinement_bytes
 
 MIN_IMAGES = 10                 # ten splits of the Inception score, the fourth neighbour of precision and recall
 MAX_REAL = 10_000               # reference images in precision and recall, as in the published protocol
@@ -408,13 +409,18 @@ class Real:
 
 
 def real_images(dataset):
-    """The Real of a data set: the first images of every class in the order of `of_class`, MAX_REAL of a split at most."""
-    sets, place = {}, {}
+    """The Real of a data set: the first images of every class in the order of `of_class`, MAX_REAL of a split at most.
+
+    Of latents, no images are kept: the real ones are what the VAE decodes from them.
+    """
+    sets, place, latent = {}, {}, dataset.facts.get("vae")
+    device = next(dataset.tokeniser.parameters(), torch.empty(0)).device
     for split in ("heldout", "train"):
         images = getattr(dataset, split)
         index = [images.of_class(y, MAX_REAL // len(dataset.class_names)) for y in range(len(dataset.class_names))]
-        x, y = images.batch(torch.cat(index))
-        sets[split], place[split] = (to_uint8(x), y.numpy()), torch.cat([torch.arange(len(i)) for i in index])
+        parts = [images.batch(part) for part in torch.cat(index).split(256)]         # decoded, an image is 48 times its latent
+        x = np.concatenate([to_uint8(dataset.tokeniser.decode(x.to(device)) if latent else x) for x, _ in parts])
+        sets[split], place[split] = (x, torch.cat([y for _, y in parts]).numpy()), torch.cat([torch.arange(len(i)) for i in index])
     if len(sets["heldout"][0]) < MIN_IMAGES:
         raise ValueError(f"{dataset.name} has {len(sets['heldout'][0])} held-out images; at least {MIN_IMAGES} are needed")
     (images, labels), (train_images, train_labels) = sets.values()
@@ -579,18 +585,17 @@ def make_extractor(name, real, device, weights=None, cache="cache", seed=0):
 class Run:
     """A checkpoint and the data set that it was trained on."""
 
-    def __init__(self, path, device, data_dir=None):
+    def __init__(self, path, device, data_dir=None, vae=None, cache_dir=None):
         self.path = find_checkpoint(path)
         self.model, self.state = load_model(self.path, device)
         set_threads(self.model, device)
         self.facts, self.kind, self.data_dir = self.state["data"], self.model.cfg.kind, data_dir
-        if self.facts.get("vae"):
-            raise ValueError(f"{self.path} models latents, whose data set keeps no images: draw with sample.py --out s.npz, then measure "
-                             "with --samples s.npz --ref r.npz")
-        set_threads(self.model, torch.device(device))
-        if self.facts.get("vae"):
-            raise ValueError(f"{self.path} draws latents: write images with sample.py --vae ... --out s.npz and measure them with --samples")
-        self.dataset = datasets.load(self.facts["dataset"], data_dir or self.facts["data_dir"], self.facts["size"], self.facts["patch"])
+        if vae and not self.facts.get("vae"):
+            raise ValueError(f"--vae {vae}: {self.path} is a model of pixels, which need none")
+        tokeniser = datasets.open_tokeniser(self.facts, vae, device)     # refuses another VAE than that of the training
+        self.dataset = datasets.load(self.facts["dataset"], data_dir or self.facts["data_dir"], self.facts["size"], self.facts["patch"],
+                                     vae=vae, cache_dir=cache_dir or self.facts.get("cache_dir"), device=device)
+        self.dataset.tokeniser = tokeniser
         if self.dataset.class_names != self.facts["class_names"]:
             raise ValueError(f"{self.path} was trained on {len(self.facts['class_names'])} classes ({self.facts['class_names'][0]} ...), "
                              f"its data set now has {len(self.dataset.class_names)}; give the right --data_dir")
@@ -645,7 +650,9 @@ def metrics_args(argv):
     p.add_argument("--grid", metavar="PNG", help="also draw samples above their nearest training images")
     p.add_argument("--failures", metavar="PNG", help="--ckpt --refine: also draw the images that refinement made worst, unrefined above")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    known = set(vars(p.parse_args([])))
+    p.add_argument("--vae", help="kl16.ckpt, where latents are to be decoded: models of them, or --dataset imagenet256/512")
+    p.add_argument("--refine_memory", type=number(float, 0), default=16, metavar="GB", help="--ckpt --refine: what the targets may take")
+    known = set(vars(p.parse_args([]))) | {"data_dir", "cache_dir"}
     add_drawing_flags(p)
     args = p.parse_args(argv)
     if (args.ckpt is None) == (args.samples is None):
@@ -655,8 +662,10 @@ def metrics_args(argv):
     if args.samples and bool(args.ref) == bool(args.dataset):
         raise ValueError("what are the samples to be measured against? give --ref FILE or --dataset NAME, one of them")
     for k, value in {} if args.ckpt else vars(args).items():
-        if k not in known and k != "data_dir" and value != p.get_default(k):
+        if k not in known and value != p.get_default(k):
             raise ValueError(f"--{k} says how to draw, but --samples are drawn already; give --ckpt instead")
+    if args.vae and args.ref:
+        raise ValueError("--vae decodes latents, but --samples and --ref are images already: leave it out")
     if args.grid and args.samples and not (args.train or args.dataset):
         raise ValueError("--grid shows nearest training images: give --train or --dataset")
     if args.failures and args.refine == "none":
@@ -676,16 +685,18 @@ def run_metrics(argv):
             raise ValueError("--ckpt draws in one process; under torchrun measure a file of sample.py --out s.npz with --samples")
         dist.init_process_group("gloo")                       # only features travel, and those from the CPU
     torch.backends.cudnn.allow_tf32 = False                   # published features are fp32
-    source, drawer = Run(args.ckpt, device, args.data_dir) if args.ckpt else None, None
+    source, drawer = Run(args.ckpt, device, args.data_dir, args.vae, args.cache_dir) if args.ckpt else None, None
     if source:
         recipe = make_recipe(args, source.kind, source.facts["x0_bound"])
         drawer, real = source.drawer(recipe), real_images(source.dataset).with_targets(recipe)
         if recipe.refined:
+            check_memory(args, drawer)
             prepare_refinement(drawer, args, source.state, source.path)
         sets = (source.draw(drawer, args.n, seed, args.batch_size)[:2] for seed in args.seeds)
     else:
         sets = [read_images(read_npz(args.samples, "--samples"), args.samples)]
-        real = real_images(datasets.load(args.dataset, args.data_dir, args.size, 1)) if args.dataset else read_real(args.ref, args.train)
+        real = read_real(args.ref, args.train) if args.ref else real_images(datasets.load(
+            args.dataset, args.data_dir, args.size, 1, vae=args.vae, cache_dir=args.cache_dir, device=device))
         check_fit(*sets[0], real, args)
     judge = Judge(make_extractor(args.features, real, device, args.weights, args.cache, args.seed), real, device, args.seed,
                   args.features == "classifier")              # Inception's 1008 logits are not the data set's classes
@@ -702,6 +713,14 @@ def run_metrics(argv):
             failure_grid(args, source, recipe, drawer, judge)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def check_memory(args, drawer):
+    """ValueError where the targets of all classes at once take more than --refine_memory."""
+    need = len(drawer.classes) * refinement_bytes(drawer.model, drawer.recipe)[1] / 1e9
+    if need > args.refine_memory:
+        raise ValueError(f"refining {len(drawer.classes)} classes at once takes {need:.3g} GB, more than --refine_memory {args.refine_memory:g}: "
+                         "draw with sample.py --out s.npz, which takes as many classes at a time as fit, and measure --samples s.npz")
 
 
 def check_fit(images, labels, real, args):
@@ -741,6 +760,8 @@ def caveats(args, fake):
     (n, dim), out = fake.x.shape, []
     if n < 10 * dim:
         out.append(f"{n} samples for {dim} dimensions: the Frechet distance is biased upward; compare at equal N, or by KID")
+    if args.vae and not args.ref:
+        out.append("the real images are decoded latents: what the VAE loses is not counted; for numbers to compare with published ones give --ref")
     if args.features == "inception" and n != 50_000:
         out.append(f"{n} samples: published FID, precision and recall are for 50,000")
     if fake.labels is not None:

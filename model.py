@@ -468,7 +468,9 @@ class AR(Generator):
         labels = torch.cat([y, torch.full_like(y, cfg.num_classes)]) if guided else y
         shape = (2, len(labels), cfg.n_head, N, cfg.n_embd // cfg.n_head)
         h = self.class_emb(labels)[:, None]                                             # (B or 2B, 1, C)
-        caches = [torch.empty(shape, device=y.device, dtype=h.dtype) for _ in self.blocks]
+        kind = y.device.type                                                            # keys and values are kept as they are computed
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        caches = [torch.empty(shape, device=y.device, dtype=dtype) for _ in self.blocks]
         tokens = []
         for i in progress(range(N)):                                                    # Alg. 1 line 1
             for block, cache in zip(self.blocks, caches):

@@ -179,6 +179,9 @@ def reference_tokens(facts, split, data_dir=None, vae=None, cache_dir=None):
     """tokens_of(y, m) for `ideal_conditions`, from the data set that a checkpoint was trained on."""
     dataset = datasets.load(facts["dataset"], data_dir or facts["data_dir"], facts["size"], facts["patch"], vae=vae,
                             cache_dir=cache_dir or facts.get("cache_dir"))
+    if dataset.class_names != facts["class_names"]:                     # labels would mean other classes
+        raise ValueError(f"the reference images are of {len(dataset.class_names)} classes ({dataset.class_names[0]} ...), the checkpoint of "
+                         f"{len(facts['class_names'])} ({facts['class_names'][0]} ...); give the --data_dir or --cache_dir of its training")
     images = getattr(dataset, split)
     return lambda y, m: patchify(images.batch(images.of_class(y, m))[0], facts["patch"])
 

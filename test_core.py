@@ -5,13 +5,18 @@ command line. No test asserts a time.
 """
 import ast
 import copy
+import functools
 import glob
+import importlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -21,6 +26,9 @@ import ot
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import data
 import diffloss
@@ -225,6 +233,15 @@ def test_conditions_met_in_generation_equal_teacher_forcing_on_the_result(name, 
     seen = torch.cat([met[i] for i in sorted(met)], dim=1)
     want = gather(full, order) if extra else full
     assert relative(seen, want) < 1e-5                                              # fp32, other summation order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_are_kept_in_the_dtype_in_which_they_are_computed(dtype):
+    m, caches = tiny("gpt-tiny"), []
+    m.blocks[0].register_forward_pre_hook(lambda block, args: caches.extend(a for a in args if torch.is_tensor(a) and a.dim() == 5))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        x = m.generate(torch.tensor([1, 4]), ImageNoise(0, range(2)), Sampler("ddim", 2, x0_bound=1.0), 2.0)
+    assert len(caches) == 16 and all(cache.dtype == dtype for cache in caches) and x.isfinite().all()
 
 
 def test_mar_conditions_depend_on_the_set_of_known_patches_not_on_their_order():
@@ -580,49 +597,139 @@ def python(*argv, env=None, **kw):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, **kw)
 
 
+def fork_server():
+    """Where the tests' processes come from: forked from a server that has imported everything once, which takes a new interpreter
+    5 s each time."""
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    # the first optimiser imports torch._dynamo, for seconds
+    multiprocessing.set_forkserver_preload(["__main__", "torch._dynamo", "matplotlib.pyplot", "test_core", "test_imagenet", "evaluate"])
+    return multiprocessing.get_context("forkserver")
+
+
+def program(module, argv, before=None, log=None):
+    """What such a process runs: a program, after before(); output to the file log."""
+    if log:
+        for stream in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    sys.argv = [f"{module}.py", *argv]
+    if before:
+        before()
+    data.run(importlib.import_module(module).main)
+
+
+def start(log, module, *argv, before=None):
+    """A running process of a program."""
+    p = fork_server().Process(target=program, args=(module, [str(a) for a in argv], before, str(log)))
+    p.start()
+    return p
+
+
+def torchrun(n, module, *argv, before=None, restarts=0):
+    """(success, output of all processes, life by life and rank by rank) of `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun
+    --nproc_per_node n --max-restarts restarts -- module.py argv`; before() is called first in each process.
+
+    The agent, its rendezvous, restarts and signals are torchrun's own; only the start of the processes is cheaper.
+    """
+    fork_server()
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(1, 1, n, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test", max_restarts=restarts, monitor_interval=0.1,
+                              start_method="forkserver", logs_specs=DefaultLogsSpecs(logs, redirects=Std.ALL))
+        try:
+            elastic_launch(config, program)(module, [str(a) for a in argv], before)
+            success = True
+        except ChildFailedError:
+            success = False
+        finally:
+            for name, handler in handlers.items():
+                signal.signal(name, handler)
+        return success, "".join(f.read_text() for f in sorted(Path(logs).rglob("std*.log")))
+
+
 def test_two_processes_equal_one_and_another_world_size_may_resume(tmp_path, monkeypatch, capsys):
     flags = ["--model", "mar-tiny", "--lr_schedule", "constant", *FAST, *ALIKE]
     fit(tmp_path / "one", *flags, "--steps", 2, monkeypatch=monkeypatch, capsys=capsys)
-    two = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train.py", "--out_dir", tmp_path / "two", *flags, "--steps", 2)
-    log, _ = two.communicate(timeout=300)
-    assert two.returncode == 0, log
+    success, log = torchrun(2, "train", "--out_dir", tmp_path / "two", *flags, "--steps", 2)
+    assert success, log
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"]) < 2e-5     # as above
     fit(tmp_path / "two", *flags, "--steps", 3, monkeypatch=monkeypatch, capsys=capsys)
     assert weights(tmp_path / "two")["step"] == 3
 
 
+def dies_in_steps(*steps):
+    """In life k of the job, rank 2 is killed when it begins step steps[k] and the checkpoint of the step before is written."""
+    doomed, real = steps[int(os.environ["TORCHELASTIC_RESTART_COUNT"])], train.train_step
+
+    def train_step(step, *a):
+        if os.environ["RANK"] == "2" and step == doomed:
+            record = Path(a[-2].out_dir) / "metrics.jsonl"                           # is written after the checkpoint
+            while not record.exists() or f'"step": {step},' not in record.read_text():
+                time.sleep(0.05)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(step, *a)
+    train.train_step = train_step
+
+
+def test_a_job_of_four_whose_process_is_killed_restarts_itself_and_ends_with_two_as_if_never_interrupted(tmp_path, monkeypatch, capsys):
+    flags = ["--lr_schedule", "constant", *FAST, *ALIKE, "--eval_every", 1, "--eval_images", 8, "--steps", 4]
+    fit(tmp_path / "one", *flags, monkeypatch=monkeypatch, capsys=capsys)
+    success, log = torchrun(4, "train", "--out_dir", tmp_path / "r", *flags, before=functools.partial(dies_in_steps, 1, 3), restarts=1)
+    assert not success and "at step 1 of 4" in log, f"torchrun starts all four again, and they resume: {log}"
+    assert weights(tmp_path / "r")["step"] == 3
+    success, log = torchrun(2, "train", "--out_dir", tmp_path / "r", *flags)
+    assert success and "at step 3 of 4" in log, log
+    a, b = weights(tmp_path / "one"), weights(tmp_path / "r")
+    for part in ("model", "ema"):                                                    # twice the tolerance of above: 4 steps
+        assert max(float((a[part][k] - b[part][k]).abs().max()) for k in a[part]) < 4e-5
+    steps = [json.loads(line)["step"] for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4], "no step is recorded twice"
+
+
+def fails_on_rank_1():
+    real, data.time.sleep = time.sleep, lambda seconds: real(seconds / 10)           # the wait for torchrun, which will not come
+    if os.environ["RANK"] == "1":
+        sys.argv += ["--data_dir", "elsewhere", "--dataset", "folder"]
+
+
+@pytest.mark.parametrize("before, words", [(None, "must be a multiple of processes x --accumulate = 3 x 1"), (fails_on_rank_1, "elsewhere is not a folder")])
+def test_an_error_of_all_processes_is_said_once_and_that_of_one_is_not_lost(before, words, tmp_path):
+    flags = ["--steps", 1, "--global_batch", 8 if before is None else 9, "--device", "cpu", "--model", "gpt-tiny"]
+    success, log = torchrun(3, "train", "--out_dir", tmp_path / "r", *flags, before=before)
+    assert not success and log.count(words) == 1, log
+
+
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
 def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
-    p = python("train.py", "--out_dir", tmp_path / "r", *FAST, "--steps", 100_000, "--eval_every", 100_000)
+    p = start(tmp_path / "log", "train", "--out_dir", tmp_path / "r", *FAST, "--steps", 100_000, "--eval_every", 100_000)
     while not (tmp_path / "r" / "ckpt.pt").exists():
         time.sleep(0.1)
-        assert p.poll() is None, p.stdout.read()
+        assert p.is_alive(), (tmp_path / "log").read_text()
     time.sleep(1.0)
-    p.send_signal(name)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == 0 and "stopped by a signal" in log, log
+    os.kill(p.pid, name)
+    p.join(300)
+    assert p.exitcode == 0 and "stopped by a signal" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text()
     assert weights(tmp_path / "r")["step"] > 0
 
 
+def dies_in_the_second_save():
+    real = torch.save
+
+    def save(state, f):
+        if state["step"] == 0:
+            return real(state, f)
+        whole = io.BytesIO()
+        real(state, whole)
+        f.write(whole.getvalue()[:len(whole.getvalue()) // 2])
+        f.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = save
+
+
 def test_a_kill_during_a_save_never_costs_the_previous_checkpoint(tmp_path):
-    code = """
-import os, signal, sys, torch
-sys.path.insert(0, os.getcwd())
-import model, train
-real = torch.save
-def dies(state, f):
-    if state["step"] == 0:
-        return real(state, f)
-    import io
-    b = io.BytesIO(); real(state, b); f.write(b.getvalue()[:len(b.getvalue()) // 2]); f.flush()
-    os.kill(os.getpid(), signal.SIGKILL)
-torch.save = dies
-train.main()
-"""
-    p = python("-c", code, "--out_dir", tmp_path / "r", *FAST, "--steps", 2)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == -signal.SIGKILL, log
+    p = start(tmp_path / "log", "train", "--out_dir", tmp_path / "r", *FAST, "--steps", 2, before=dies_in_the_second_save)
+    p.join(300)
+    assert p.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert weights(tmp_path / "r")["step"] == 0, "the step-0 checkpoint is whole"
 
 

@@ -20,6 +20,7 @@ import inception
 import model as models
 import sample
 import train
+from test_core import torchrun
 
 MAIN = os.path.dirname(os.path.abspath(__file__))
 
@@ -364,11 +365,9 @@ def test_published_statistics_alone_give_the_same_frechet_distance_as_the_images
 def test_two_ranks_give_the_numbers_of_one(files, capsys, tmp_path):
     argv = ["--samples", files / "s.npz", "--ref", files / "ref.npz", "--features", "pixels", "--json"]
     run(capsys, *argv, tmp_path / "one.json")
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                          os.path.join(MAIN, "evaluate.py"), *map(str, argv), tmp_path / "two.json"],
-                         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("samples against") == 1           # one table, not two
+    success, log = torchrun(2, "evaluate", *argv, tmp_path / "two.json")
+    assert success, log
+    assert log.count("samples against") == 1                  # one table, not two
     one, two = (json.loads((tmp_path / f"{k}.json").read_text()) for k in ("one", "two"))
     for key, value in one["values"].items():                  # 1e-9: only the order of the sums differs
         assert two["values"][key] == pytest.approx(value, rel=1e-9), key

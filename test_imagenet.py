@@ -1,18 +1,24 @@
 """The ImageNet path at small size: latent cache, latents in training and sampling, MAR's weights, plans, many processes."""
 import argparse
+import functools
 import json
 import math
 import os
 import re
 import shlex
+import signal
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.distributed.run import parse_args as launch_args
 
 import data
+import evaluate
+import inception
 import latents
 import model as models
 import plan
@@ -23,7 +29,7 @@ from data import patchify
 from diffloss import ImageNoise, Sampler, respaced_steps
 from model import build, preset
 from ot_refine import RefineConfig
-from test_core import Golden, cli, draw, fit, gen, golden_files, make_folder, python, relative, same, tiny, tokens, weights
+from test_core import Golden, cli, draw, fit, gen, golden_files, make_folder, python, relative, same, tiny, tokens, torchrun, weights
 
 SIDE = 8                                 # latents 4x4 of 4 channels
 
@@ -83,6 +89,11 @@ def test_a_cache_of_another_vae_size_or_set_of_files_is_refused_in_one_line(tmp_
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="made with another size 8 -> 4"):
         data.load("folder", root, size=4, patch=1, vae=vae_files[0], cache_dir=tmp_path / "c")
+    manifest = (tmp_path / "c" / "manifest.json").read_text()
+    (tmp_path / "c" / "manifest.json").write_text(manifest.replace("halve, bicubic, centre", "squashed"))
+    with pytest.raises(ValueError, match="made with another crop squashed -> halve"):
+        load(root, vae_files[0], tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_text(manifest)
     (root / "cat" / "0.png").unlink()
     with pytest.raises(ValueError, match="made with another files"):
         load(root, vae_files[0], tmp_path / "c")
@@ -186,7 +197,7 @@ LATENT = ["--size", SIDE, "--model", "mar-tiny", "--lr_schedule", "constant", "-
 def latent_run(tmp_path_factory, vae_files):
     """(run, folder, cache) of two steps on latents, as the command line does it."""
     root = tmp_path_factory.mktemp("latent")
-    folder = make_folder(root / "f", per_class=12, size=12)
+    folder = make_folder(root / "f", per_class=50, size=12)                 # 10 are held out, the least that can be measured against
     patch = pytest.MonkeyPatch()
     patch.setattr(train.sys, "argv", ["train.py", "--out_dir", str(root / "run"), "--dataset", "folder", "--data_dir", str(folder),
                                       "--vae", str(vae_files[0]), "--cache_dir", str(root / "c"), *map(str, LATENT), "--steps", "2",
@@ -240,6 +251,42 @@ def test_inpainting_and_refinement_work_on_latents(latent_run, vae_files, tmp_pa
         assert code == 0, err
 
 
+@pytest.mark.parametrize("features", ["pixels", "classifier"])
+def test_a_model_of_latents_is_measured_on_decoded_images_like_the_file_of_sample(latent_run, vae_files, features, tmp_path, monkeypatch, capsys):
+    run, folder, cache = latent_run
+    draws = ["--ckpt", run, "--vae", vae_files[0], "--n", 20, "--steps", 2]
+    code, _, err = cli(sample, [*draws, "--out", tmp_path / "s.npz"], monkeypatch, capsys)
+    assert code == 0, err
+    real = evaluate.real_images(load(folder, vae_files[0], cache))
+    assert real.images.shape == (10, SIDE, SIDE, 3) and real.train_images.shape == (90, SIDE, SIDE, 3)
+    np.savez(tmp_path / "r.npz", arr_0=real.images, arr_1=real.labels)
+    np.savez(tmp_path / "t.npz", arr_0=real.train_images, arr_1=real.train_labels)
+    common = ["--features", features, "--cache", tmp_path / "cache", "--json"]
+    evaluate.main([str(a) for a in [*draws, *common, tmp_path / "ckpt.json"]])
+    assert "decoded latents" in capsys.readouterr().err
+    files = ["--samples", tmp_path / "s.npz", "--ref", tmp_path / "r.npz", "--train", tmp_path / "t.npz"]
+    evaluate.main([str(a) for a in [*files, *common, tmp_path / "file.json"]])
+    ckpt, file = (json.loads((tmp_path / f"{k}.json").read_text()) for k in ("ckpt", "file"))
+    assert ckpt["values"] == pytest.approx(file["values"], rel=1e-4, abs=1e-6), "fp32 features of the same images"
+    assert ckpt["n_samples"] == 20 and ckpt["n_ref"] == 10
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "give --vae kl16.ckpt"), (["--vae", 1], "has fingerprint"), (["--vae", 0, "--cache_dir", "none"], "no latent cache at none"),
+    (["--vae", 0, "--refine", "default", "--refine_memory", "0.0001"], "draw with sample.py --out s.npz")])
+def test_a_model_of_latents_that_cannot_be_measured_says_what_is_missing(latent_run, vae_files, flags, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = [str(vae_files[a]) if isinstance(a, int) else a for a in flags]
+    more = [] if "--cache_dir" in flags else ["--cache_dir", str(latent_run[2])]
+    moved = weights(latent_run[0])
+    models.save_checkpoint(tmp_path / "c.pt", {**moved, "data": {**moved["data"], "data_dir": None}})
+    monkeypatch.setattr(evaluate.sys, "argv", ["evaluate.py", "--ckpt", "c.pt", "--n", "20", *flags, *more])
+    with pytest.raises(SystemExit) as stop:
+        data.run(evaluate.main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and err.count("\n") == 1, err
+
+
 def test_both_tokenisers_decode_tokens_by_the_same_rule():
     images = torch.rand(2, 3, 8, 8) * 2 - 1
     tok = data.open_tokeniser({"patch": 2, "channels": 3})
@@ -249,44 +296,32 @@ def test_both_tokenisers_decode_tokens_by_the_same_rule():
 
 # ================================================================ many processes
 
-def torchrun(n, *argv):
-    # `--`: else torchrun takes --n and --m for abbreviations of its own flags
-    return python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", n, "--", *argv)
+def small_shards_of(doomed=None):
+    """Shards of 5 images; whoever has written half of shard `doomed` is killed."""
+    latents.SHARD, real = 5, latents.write_shard
 
-
-DIES = """
-import os, signal, sys
-sys.path.insert(0, os.getcwd())
-import data, latents, train
-latents.SHARD = 5
-real = latents.write_shard
-def dies(path, *a):
-    if int(path.stem) == {shard}:
-        real(path.with_name("half.npy"), *a)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(path, *a)
-if {shard} >= 0:
-    latents.write_shard = dies
-data.run(train.main)
-"""
+    def write_shard(path, *a):
+        if int(path.stem) == doomed:
+            real(path.with_name("half.npy"), *a)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(path, *a)
+    latents.write_shard = write_shard
 
 
 def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_as_one(tmp_path, vae_files, small_shards, monkeypatch, capsys):
-    folder = make_folder(tmp_path / "f", per_class=12, size=12)
-    flags = [*LATENT, "--dataset", "folder", "--data_dir", folder, "--vae", vae_files[0], "--global_batch", 8, "--warmup", 2, "--steps", 2,
-             "--device", "cpu", "--samples_per_class", 2, "--model", "gpt-tiny",
-             "--dropout", 0, "--buffer", 0]                                                # both are by rank
-    (tmp_path / "dies.py").write_text(DIES.format(shard=3))
-    (tmp_path / "lives.py").write_text(DIES.format(shard=-1))
-    p = torchrun(2, tmp_path / "dies.py", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode != 0 and "Signal 9" in log, log
+    make_folder(tmp_path / "in" / "train", 10, ("n01440764", "n02099601"), size=12)
+    make_folder(tmp_path / "in" / "val", 2, ("n01440764", "n02099601"), size=12)
+    flags = [*LATENT, "--dataset", "imagenet256", "--data_dir", tmp_path / "in", "--vae", vae_files[0], "--global_batch", 8, "--warmup", 2,
+             "--steps", 2, "--device", "cpu", "--samples_per_class", 2, "--model", "gpt-tiny", "--dropout", 0, "--buffer", 0]    # both are by rank
+    job = ["train", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags]
+    success, log = torchrun(2, *job, before=functools.partial(small_shards_of, 3))
+    assert not success, log
+    assert "encoding 24 images and their mirror images" in log and re.search(r"encoding: .*/14 \[.*<.*image/s\]", log), "progress and time left"
     assert (tmp_path / "c" / "00001.json").exists() and not (tmp_path / "c" / "00003.json").exists() and not (tmp_path / "c" / "manifest.json").exists()
     assert not (tmp_path / "two" / "ckpt.pt").exists(), "nobody trains before all shards are there"
     kept = (tmp_path / "c" / "00001.npy").stat().st_mtime_ns
-    p = torchrun(2, tmp_path / "lives.py", "--out_dir", tmp_path / "two", "--cache_dir", tmp_path / "c", *flags)
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == 0, log
+    success, log = torchrun(2, *job, before=small_shards_of)
+    assert success, log
     assert (tmp_path / "c" / "00001.npy").stat().st_mtime_ns == kept, "a whole shard is not encoded again"
     fit(tmp_path / "one", *flags, "--cache_dir", tmp_path / "d", monkeypatch=monkeypatch, capsys=capsys)
     for k in range(5):
@@ -294,16 +329,16 @@ def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_
         a, b = (np.load(tmp_path / c / f"{k:05d}.npy").astype(np.float32) for c in "cd")
         assert np.abs(a - b).max() < 2e-3, k
     a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert a["data"]["class_names"] == ["tench, Tinca tinca", "golden retriever"] and (a["data"]["n_train"], a["data"]["n_heldout"]) == (20, 4)
     assert max(float((a["model"][k] - b["model"][k]).abs().max()) for k in a["model"]) < 2e-5        # fp32 summation order under Adam
 
 
 def test_three_processes_draw_the_file_of_one_refined_or_not(latent_run, vae_files, tmp_path, monkeypatch, capsys):
     flags = ["--ckpt", latent_run[0], "--n", 10, "--steps", 2, "--vae", vae_files[0], "--refine", "default", "--n_cal", 8, "--m", 8]
-    p = torchrun(3, "sample.py", *flags, "--out", tmp_path / "three.npz")        # 2 classes: one rank draws nothing
+    success, log = torchrun(3, "sample", *flags, "--out", tmp_path / "three.npz")       # 2 classes: one rank draws nothing
+    assert success, log
     code, _, err = cli(sample, [*flags, "--out", tmp_path / "one.npz"], monkeypatch, capsys)
     assert code == 0, err
-    log, _ = p.communicate(timeout=300)
-    assert p.returncode == 0, log
     with np.load(tmp_path / "one.npz") as a, np.load(tmp_path / "three.npz") as b:
         assert np.array_equal(a["arr_1"], b["arr_1"])
         assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1            # other batch sizes: fp32, then rounding
@@ -399,6 +434,52 @@ def test_our_mar_weights_come_back_from_mar_s_layout(latent_run, tmp_path, monke
     ours, theirs = models.load_model(latent_run[0])[0], models.load_model(tmp_path / "mar.pth")[0]
     names = [k for k in ours.state_dict() if not k.startswith(("inverse.", "buffer."))]
     assert sorted(names) == sorted(theirs.state_dict()) and all(torch.equal(ours.state_dict()[k], theirs.state_dict()[k]) for k in names)
+
+
+@pytest.fixture(scope="module")
+def stride16(tmp_path_factory):
+    """A small autoencoder of KL-16's stride."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("vae16") / "kl16.ckpt"
+    torch.save({"model": vae.KL16(ch=32, ch_mult=(1,) * 5, z_channels=4).state_dict()}, file)
+    return file
+
+
+def write_cache(root, vae_file, labels, held, side, size):
+    """A complete cache of random moments of 1000 classes, as the format says, without encoding any image."""
+    root.mkdir()
+    np.save(root / "index.npy", np.stack([labels, held], axis=1).astype(np.int32))
+    np.save(root / "00000.npy", np.random.default_rng(0).standard_normal((len(labels), 2, 8, side, side)).astype(np.float16))
+    (root / "manifest.json").write_text(json.dumps({
+        "made_for": {"vae": vae.load_kl16(vae_file).fingerprint(), "crop": "halve, bicubic, centre", "size": size},
+        "scale": 0.2325, "std": 1.0, "x0_bound": 5.0, "beyond": 0.0, "shards": [{"file": "00000.npy", "count": len(labels)}], "class_names": [n for _, n in data.imagenet_classes()]}))
+    return root
+
+
+def test_released_weights_are_refined_from_the_command_line(tmp_path, stride16, monkeypatch, capsys):
+    """MAR's file, KL-16's file, a class by name, targets from the cache: as the README says it, at a tiny size."""
+    torch.manual_seed(0)
+    m = build(preset("mar-tiny", token_dim=4, grid=2, num_classes=1000, n_layer=1, inverse=False, buffer=0))
+    (tmp_path / "mar_base").mkdir()
+    ckpt = tmp_path / "mar_base" / "checkpoint-last.pth"
+    torch.save({"model": {k: torch.full_like(v, float("inf")) for k, v in m.state_dict().items()}, "model_ema": m.state_dict(), "optimizer": {},
+                "epoch": 799, "scaler": {}, "args": argparse.Namespace(lr=8e-4), "n_head": m.cfg.n_head}, ckpt)
+    cache = write_cache(tmp_path / "c", stride16, np.repeat([0, 207], 20), np.tile([0, 1], 20), 2, 32)
+    flags = ["--ckpt", ckpt, "--vae", stride16, "--classes", "golden retriever", "tench", "--num_iter", 2, "--solver", "ddpm", "--steps", 3,
+             "--cfg_scale", 2.9, "--n", 8]
+    refine, images = ["--refine", "default", "--rank", 8, "--m", 10, "--n_cal", 20, "--cache_dir", cache], {}
+    for name, more in (("plain", []), ("refined", refine), ("again", refine)):
+        code, out, err = draw([*flags, *more, "--out", tmp_path / f"{name}.npz"], monkeypatch, capsys)
+        assert code == 0 and "no model_ema" not in err, err
+        assert ("calibrated" in out) == (name == "refined"), "once calibrated, the maps are kept beside the checkpoint"
+        with np.load(tmp_path / f"{name}.npz") as z:
+            images[name] = z["arr_0"]
+            assert images[name].shape == (8, 32, 32, 3) and z["arr_1"].tolist() == [207, 0] * 4
+    assert (images["plain"] != images["refined"]).any() and np.array_equal(images["refined"], images["again"])
+    make_folder(tmp_path / "two", 4, ("n01440764", "n02099601"), size=32)
+    other = ["--data_dir", tmp_path / "two", "--cache_dir", tmp_path / "d", "--n_cal", 8, "--out", tmp_path / "x.npz"]
+    code, _, err = draw([*flags, *refine[:-2], *other], monkeypatch, capsys)
+    assert code == 2 and "2 classes" in err, "labels of another set of classes are other classes"
 
 
 class ScriptedNoise:
@@ -549,13 +630,16 @@ def test_flops_and_memory_of_the_published_sizes_are_those_of_a_calculation_by_h
 
 
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny", "cdm-tiny"])
-def test_depth_extrapolation_of_flops_is_exact(name):
+def test_depth_extrapolation_of_flops_and_memory_is_exact(name, monkeypatch):
     cfg = preset(name, token_dim=4, grid=4)
     deep = plan.replace(cfg, n_layer=5)
     model = plan.on_meta(deep)
     with plan.FlopCounterMode(display=False) as counter:
         model.loss(*plan.one_image(model)).sum().backward()
     assert plan.training_flops(deep) == counter.get_total_flops()
+    held = [plan.memory_estimate(deep, 3, recompute)[1:] for recompute in (False, True)]
+    monkeypatch.setattr(plan, "by_layers", lambda cfg, count: count(cfg))
+    assert held == [plan.memory_estimate(deep, 3, recompute)[1:] for recompute in (False, True)] and held[1][1] < held[0][1]
 
 
 def test_dry_run_of_imagenet_needs_neither_data_nor_vae(tmp_path, monkeypatch, capsys):
@@ -625,39 +709,107 @@ def test_coupled_batches_never_cut_a_class():
     assert [labels[p].unique().tolist() for p in sample.batches(labels, index, 3, whole=True)] == [[0], [1], [2]], "a class larger than the batch stays whole"
 
 
-def test_a_thousand_classes_are_refined_in_rounds_that_fit_the_memory(tmp_path, vae_files, monkeypatch, capsys):
+def first_layers(self, images):
+    """Instead of the whole Inception: 64 features from its first three layers at 35 pixels, logits from a part of its last."""
+    x = (inception.resize_tf1(images.permute(0, 3, 1, 2).float(), 35) - 128) / 128
+    x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))).mean((2, 3))
+    return x, x @ self.fc.weight[:, :64].T
+
+
+def shallow_inception():
+    inception.Inception.forward = first_layers
+
+
+def test_a_thousand_classes_from_checkpoint_to_fid_in_two_processes(tmp_path, vae_files, monkeypatch, capsys):
+    """The pipeline of the published numbers at toy size: torchrun sample.py, refined in rounds of classes that fit the memory,
+    then torchrun evaluate.py against a reference file with images and statistics."""
     torch.manual_seed(0)
     names = [n for _, n in data.imagenet_classes()]
-    m = build(preset("mar-tiny", token_dim=4, grid=2, num_classes=1000, n_layer=1, inverse=False))
-    # the cache of 1000 classes x 3 images is written as the format says, without encoding 3000 images
-    fingerprint, made = vae.load_kl16(vae_files[0]).fingerprint(), tmp_path / "c"
-    made.mkdir()
-    index = np.stack([np.arange(1000).repeat(3), np.tile([0, 0, 1], 1000)], axis=1).astype(np.int32)
-    np.save(made / "index.npy", index)
-    np.save(made / "00000.npy", np.random.default_rng(0).standard_normal((3000, 2, 8, 2, 2)).astype(np.float16))
-    (made / "manifest.json").write_text(json.dumps({"made_for": {"vae": fingerprint, "crop": "halve, bicubic, centre", "size": 4}, "scale": 0.2325,
-        "std": 1.0, "x0_bound": 5.0, "beyond": 0.0, "shards": [{"file": "00000.npy", "count": 3000}], "class_names": names}))
+    m = build(preset("mar-tiny", token_dim=4, grid=2, num_classes=1000, n_layer=1, inverse=False, buffer=0))
+    made = write_cache(tmp_path / "c", vae_files[0], np.arange(1000).repeat(3), np.tile([0, 0, 1], 1000), 2, 4)
     d = data.load("imagenet256", size=4, patch=1, vae=vae_files[0], cache_dir=made)
     assert len(d.train.of_class(999, 10)) == 2 and (d.train.labels[d.train.of_class(7, 10)] == 7).all()
-    weights_ = m.state_dict()
-    models.save_checkpoint(tmp_path / "ckpt.pt", {"config": vars(m.cfg), "model": weights_, "ema": weights_, "step": 0,
+    models.save_checkpoint(tmp_path / "ckpt.pt", {"config": vars(m.cfg), "model": m.state_dict(), "ema": m.state_dict(), "step": 0,
                            "data": {**d.facts, "data_dir": None, "class_names": names, "x0_bound": d.x0_bound}})
-    flags = ["--ckpt", tmp_path / "ckpt.pt", "--vae", vae_files[0], "--steps", 1, "--num_iter", 2, "--refine", "default", "--m", 2, "--rank", 4, "--n", 1000,
-             "--n_cal", 8, "--batch_size", 4000, "--refine_memory", "0.004"]
-    code, out, err = draw([*flags, "--out", tmp_path / "s.npz"], monkeypatch, capsys)
-    assert code == 0, err
-    assert "of 1000 classes at a time" in out
+    # as a user types it; `--`, else torchrun takes --n and --m for abbreviations of its own flags
+    p = python("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "--", "sample.py", "--ckpt", tmp_path / "ckpt.pt", "--vae", vae_files[0],
+               "--steps", 1, "--num_iter", 2, "--refine", "default", "--m", 2, "--rank", 4, "--n", 1000, "--n_cal", 8, "--batch_size", 4000,
+               "--refine_memory", "0.002", "--out", tmp_path / "s.npz")
+    log, _ = p.communicate(timeout=300)
+    assert p.returncode == 0 and re.search(r": \d\d\d of 500 classes at a time in --refine_memory 0.002 GB", log), log
     with np.load(tmp_path / "s.npz") as z:
-        assert z["arr_0"].shape == (1000, 4, 4, 3) and np.bincount(z["arr_1"]).tolist() == [1] * 1000
-        assert len(np.unique(z["arr_0"].reshape(1000, -1), axis=0)) > 750
+        images, labels = z["arr_0"], z["arr_1"]
+    assert images.shape == (1000, 4, 4, 3) and np.bincount(labels).tolist() == [1] * 1000 and len(np.unique(images.reshape(1000, -1), axis=0)) > 750
+    assert all(np.unique(part % 10).size == 10 for part in np.split(labels, 10)), "not sorted by class"
+
+    torch.save(inception.Inception().state_dict(), tmp_path / "inception.pth")
+    rng = np.random.default_rng(0)
+    ref = {"arr_0": rng.integers(0, 255, (40, 4, 4, 3), dtype=np.uint8), "mu": rng.standard_normal(64), "sigma": np.diag(rng.uniform(0.5, 2, 64))}
+    np.savez(tmp_path / "VIRTUAL_imagenet256_labeled.npz", **ref)
+    success, log = torchrun(2, "evaluate", "--samples", tmp_path / "s.npz", "--ref", tmp_path / "VIRTUAL_imagenet256_labeled.npz", "--features", "inception",
+                            "--weights", tmp_path / "inception.pth", "--json", tmp_path / "o.json", before=shallow_inception)
+    assert success and log.count("1000 samples against 40 images; features: inception") == 1, log
+    assert "published FID, precision and recall are for 50,000" in log and "are not comparable with published ones" in log
+    monkeypatch.setattr(inception.Inception, "forward", first_layers)
+    net, values = inception.load_inception(str(tmp_path / "inception.pth")), json.loads((tmp_path / "o.json").read_text())["values"]
+    fake, real = evaluate.extract(net, images), evaluate.extract(net, ref["arr_0"])
+    precision, recall = evaluate.precision_recall(real.x, fake.x)
+    want = {"fid": evaluate.frechet_distance(fake.mean, fake.cov, ref["mu"], ref["sigma"]), "precision": precision, "recall": recall,
+            "is": evaluate.inception_score(fake.logits.double().softmax(1))[0], "kid": evaluate.kid(fake.x, real.x)[0]}
+    for key, value in want.items():                                       # 1e-5: the batches of convolutions differ in size
+        assert values[key] == pytest.approx(value, rel=1e-5), key
 
 
-def test_every_command_of_the_readme_is_understood():
-    text = (train.Path(__file__).parent / "README_imagenet.md").read_text().replace("\\\n", " ")
-    found = re.findall(r"(train|sample)\.py( [^`\n]*)", text)
-    refine = re.search(r"REFINE = (.*)", text)[1]
-    assert len(found) >= 9
-    for program, flags in [*found, ("sample", refine)]:
-        argv = [a for a in shlex.split(flags) if a != "..."]
-        args = {"train": train, "sample": sample}[program].parse_args(argv)
+README = (Path(__file__).parent / "README_imagenet.md").read_text()
+
+
+def arguments(program, flags):
+    """The parsed flags of a command, as the program itself parses them."""
+    return {"train": train.parse_args, "sample": sample.parse_args, "evaluate": evaluate.metrics_args}[program](shlex.split(flags))
+
+
+def test_every_command_of_the_readme_is_whole_and_understood():
+    found = re.findall(r"(train|sample|evaluate)\.py( --[^`\n]*)", re.sub(r"\\\n +", "", README))
+    assert len(found) > 50
+    jobs = re.findall(r"torchrun (--[^`\n]*)", re.sub(r"\\\n +", "", README))
+    assert len(jobs) > 48 and all(launch_args(shlex.split(job)).training_script in ("train.py", "sample.py", "evaluate.py") for job in jobs)
+    for program, flags in found:
+        assert "..." not in flags, flags
+        args = arguments(program, flags)
         assert not getattr(args, "model", None) or args.model in models.PRESETS
+
+
+def test_the_rows_of_the_readme_are_the_output_of_plan():
+    lines = [next(line for line in README.splitlines() if line.startswith(f"| {name} | {(size // 16) ** 2} |")) for name, size in plan.ROWS]
+    fits = [int(line.split("|")[6].split("(")[0]) for line in lines]
+    assert README.endswith("\n".join([plan.HEADER, *lines]) + "\n\n" + "\n\n".join(plan.section(*row, fit) for row, fit in zip(plan.ROWS, fits)) + "\n")
+    for k in (0, 2):                                                     # two of ten, since each takes seconds
+        assert plan.table_row(*plan.ROWS[k]) == (lines[k], fits[k])
+
+
+@pytest.mark.parametrize("name, size", plan.ROWS)
+def test_the_commands_of_a_row_fit_each_other_the_model_and_the_machine(name, size):
+    found = dict(plan.commands(name, size, 256))
+    split = {what: re.fullmatch(r"torchrun --nproc_per_node 8 -- (\w+)\.py (.*)", command).groups() for what, command in found.items()}
+    args = {what: arguments(*parts) for what, parts in split.items()}
+    run = args["training"]
+    stated = {k: v for k, v in vars(run).items() if f"--{k} " in found["training"]}
+    defaults = {**train.IMAGENET, "model": name}
+    assert {k: v for k, v in stated.items() if k in defaults} == {k: v for k, v in defaults.items() if k in stated}, "spelled out"
+    assert run.dataset == f"imagenet{size}" and abs(run.steps * run.global_batch / plan.IMAGENET - 400) < 1 and run.warmup * 4 == run.steps
+    assert all(run.global_batch % (8 * plan.accumulation(fit)) == 0 and run.global_batch // 8 // plan.accumulation(fit) <= fit for fit in (1, 7, 52, 300))
+    model = plan.on_meta(preset(name, grid=size // 16))
+    for kind in ("", ", refined")[:1 + (name != "cdm-xl")]:
+        draws, judged = args["sampling" + kind], args["measuring" + kind]
+        recipe = sample.make_recipe(draws, model.cfg.kind, 5.0)
+        sample.Drawer(model, recipe, [])                                 # raises where they do not fit each other
+        assert recipe.refined == bool(kind) and draws.n == 50 * 1000 and draws.ckpt == run.out_dir and judged.samples == draws.out
+        assert not kind or sample.refinement_bytes(model, recipe)[1] < draws.refine_memory * 1e9, "at least one class fits"
+
+
+@pytest.mark.parametrize("name, size", [("mar-b", 256), ("cdm-xl", 512)])
+def test_the_training_command_of_a_row_describes_itself_without_data(name, size, tmp_path, monkeypatch, capsys):
+    argv = shlex.split(dict(plan.commands(name, size, 64))["training"].split("train.py")[1])
+    argv = [a for k, a in enumerate(argv) if not {argv[k], argv[k - 1]} & {"--data_dir", "--vae", "--accumulate"}]      # no files, one process
+    code, out, err = cli(train, [*argv, "--accumulate", 32, "--dry-run"], monkeypatch, capsys)
+    assert code == 0 and "1281167 training" in out and f"{(size // 16) ** 2} tokens of 16" in out and "250000 steps take about" in out, err

@@ -363,7 +363,8 @@ def train(model, ema, optimizers, dataset, args, world, out, chief):
         if step % 20 == 19 or ended or done % args.eval_every == 0:                  # the only points where the host waits
             loss, stopping = world.mean(torch.stack(losses).mean()), world.mean(len(stop)) > 0
             if not math.isfinite(loss):
-                raise SystemExit(f"the loss is {loss} at about step {done}. Likely causes: a learning rate that is too high "
+                raise SystemExit(1 if not chief else                                 # one message, not one from every rank
+                                 f"the loss is {loss} at about step {done}. Likely causes: a learning rate that is too high "
                                  f"(--lr {args.lr:g}; try a third), bad pixels or latents, a failing GPU. "
                                  f"Last good checkpoint: {path} at step {saved}")
             rate = args.global_batch / (time.time() - since) * len(losses)
