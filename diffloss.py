@@ -416,10 +416,10 @@ class Sampler:
 
     def predict(self, denoise, x, schedule, j, trace):
         """x0 and the variance fraction at step j of the schedule."""
-        # Small heads take no longer than the sampler's own arithmetic: every sampler here is written in as few operations as
-        # torch allows, numbers after tensors (numpy's own product with a tensor is several times slower).
+        # A small head takes no longer than the sampler's own arithmetic, so that every sampler here is written in as few
+        # operations as torch allows, and numbers are Python's (numpy's become tensors first, which costs as much as the product).
         eps, v = denoise(x, int(schedule.timestep_map[j]))
-        x0 = torch.sub(x * schedule.x0_from_xt[j], eps, alpha=schedule.x0_from_eps[j])
+        x0 = torch.sub(x * float(schedule.x0_from_xt[j]), eps, alpha=float(schedule.x0_from_eps[j]))
         if self.x0_bound is not None:
             # CHOICE(x0_bound): |x0| is kept within the data's range, because at t = 999 the schedule
             # divides the head's error by sqrt(abar) ~ 5e-5 and young checkpoints give black or NaN images.
@@ -438,11 +438,11 @@ class Sampler:
 
     def ancestral(self, x, x0, v, schedule, j, noise):
         """x at step j - 1 from x and x0 at step j; no noise at j = 0."""
-        x = torch.add(x0 * schedule.mean_x0[j], x, alpha=schedule.mean_xt[j])
+        x = torch.add(x0 * float(schedule.mean_x0[j]), x, alpha=float(schedule.mean_xt[j]))
         if j == 0:
             return x
         # log std = half the log-variance, which is linear in v, from log_var_min at v = -1 to log_var_max at v = 1
-        low, high = schedule.log_var_min[j], schedule.log_var_max[j]
+        low, high = float(schedule.log_var_min[j]), float(schedule.log_var_max[j])
         return torch.addcmul(x, (v * ((high - low) / 4) + (high + low) / 4).exp(), noise, value=self.temperature)
 
     def ddim(self, denoise, x, noise, steps, trace):
@@ -450,7 +450,8 @@ class Sampler:
         prev = np.append(1.0, schedule.abar[:-1])
         for j in reversed(range(steps)):
             x0, _ = self.predict(denoise, x, schedule, j, trace)
-            eps = (x * schedule.x0_from_xt[j] - x0) / schedule.x0_from_eps[j]     # consistent with the bounded x0
+            # consistent with the bounded x0
+            eps = (x * float(schedule.x0_from_xt[j]) - x0) / float(schedule.x0_from_eps[j])
             sigma = self.eta * math.sqrt((1 - prev[j]) / (1 - schedule.abar[j]) * schedule.betas[j])
             x = torch.add(x0 * math.sqrt(prev[j]), eps, alpha=math.sqrt(max(1 - prev[j] - sigma ** 2, 0.0)))
             if j > 0 and sigma > 0:
@@ -467,6 +468,6 @@ class Sampler:
             if s is None:
                 return x0
             h = lam[s] - lam[t]
-            d = x0 if before is None else torch.lerp(before, x0, 1 + 0.5 * h / h_before)
-            x = torch.sub(x * (sigma[s] / sigma[t]), d, alpha=alpha[s] * math.expm1(-h))
+            d = x0 if before is None else torch.lerp(before, x0, float(1 + 0.5 * h / h_before))
+            x = torch.sub(x * float(sigma[s] / sigma[t]), d, alpha=float(alpha[s] * math.expm1(-h)))
             before, h_before = x0, h
