@@ -5,9 +5,10 @@
     python bench.py all --json bench.json         everything
     python bench.py gpu --device cuda             AR-XL, MAR-B, MAR-L at batch 8 and 256, in bf16
 
-`Plain` below is the reference: what published implementations do, in fp32. Every test that compares speed compares results
-first (test_bench.py has the tolerances). Times are medians; a ratio is the median of the ratios of neighbouring runs, so
-that a machine that others use slows both sides alike. Shares are of the matrix-multiply rate measured in the same process.
+`Plain` below is the reference: what published implementations do, in fp32; test_bench.py shows that both sides give the
+same. Times are medians; a ratio is the median of the ratios of neighbouring runs, and one CPU thread is timed by what it
+ran, so that a machine that others use slows both sides alike. Shares are of the matrix-multiply rate of the same process,
+FLOPs those of the plain path's matrix products (plan.py).
 """
 import copy
 import json
@@ -208,11 +209,12 @@ class Bench:
         return times
 
     def add(self, bench, what, seconds=None, ratio=None, images=None, share=None, flops=None, peak=0, note=""):
-        row = dict(bench=bench, what=what, seconds=seconds, ratio=ratio, images_per_s=images, flops=flops, share=share, peak_bytes=peak, note=note)
-        self.rows.append(row)
-        text = lambda value, form: "" if not value else form.format(value)
+        self.rows.append(dict(bench=bench, what=what, seconds=seconds, ratio=ratio, images_per_s=images, flops=flops, share=share,
+                              peak_bytes=peak, note=note))
+        text = lambda value, form: form.format(value) if value else ""
         print(f"| {bench} | {what} | {text(seconds and 1e3 * seconds, '{:.4g} ms')} | {text(ratio, '{:.2f}x')} | {text(images, '{:.3g}')} "
-              f"| {text(flops and flops / 1e9, '{:.3g}')} | {text(share, '{:.0%}')} | {' '.join((text(peak and peak / 2**30, '{:.1f} GiB'), note)).strip()} |", flush=True)
+              f"| {text(flops and flops / 1e9, '{:.3g}')} | {text(share, '{:.0%}')} "
+              f"| {text(peak and peak / 2**30, '{:.2f} GiB ')}{note} |", flush=True)
 
     def model(self, name, **options):
         torch.manual_seed(0)
@@ -245,8 +247,8 @@ class Bench:
         fns |= {key: lambda sampler=sampler, more=more: ours(sampler, **more) for key, (sampler, more) in dict(few).items()}
         steps = len(model.chain(num_iter))
         share = len(range(steps)[part]) / steps
-        flops = [sampling_flops(model.cfg, sampler.steps, num_iter, cfg_scale != 1) * batch * share
-                 for sampler in (ddpm,) * (3 if graphs else 2) + tuple(s for s, _ in dict(few).values())]
+        counted = lambda sampler: sampling_flops(model.cfg, sampler.steps, num_iter, cfg_scale != 1) * batch * share
+        flops = [counted(ddpm)] * (3 if graphs else 2) + [None if more or s.steps_late else counted(s) for s, more in dict(few).values()]
         return self.compare(bench, f"{name}, batch {batch}", fns, runs, images=batch * share, flops=flops, warm=share == 1 or graphs,
                             note="" if share == 1 else f"{share:.2g} of the AR steps")
 
@@ -261,7 +263,8 @@ class Bench:
 
     def mar(self, part=slice(2, None, 4), runs=1):
         """Sampling, MAR-B, 16 AR steps (every fourth of them), guidance 3; few-step, annealed, guidance skipped near 1."""
-        few = {"this, dpm++ 10": (Sampler("dpm++", 10), {}), "this, dpm++ 10, guidance within .25 of 1 skipped": (Sampler("dpm++", 10), {"cfg_skip": 0.25}),
+        few = {"this, dpm++ 10": (Sampler("dpm++", 10), {}),
+               "this, dpm++ 10, guidance within .25 of 1 skipped": (Sampler("dpm++", 10), {"cfg_skip": 0.25}),
                "this, annealed dpm++ 10 to 5, the same skipped": (Sampler("dpm++", 10, 5), {"cfg_skip": 0.25})}
         self.sampling("mar", "mar-b", 1, 3.0, 16, part, runs, few)
 
@@ -337,7 +340,7 @@ class Bench:
         for name in ("gpt-tiny", "mar-tiny"):
             model, fns = self.model(name, grid=4, num_classes=10), {}
             tokens_of = lambda y, m: torch.randn(m, 16, 16, generator=torch.Generator().manual_seed(y)).clamp(-1, 1)
-            for sampler in (Sampler("ddpm", 100), Sampler("dpm++", 10)):
+            for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
                 for mode, method in (("none", "none"), ("frozen", "gaussian+sinkhorn"), ("coupled", "gaussian+sinkhorn")):
                     drawer = Drawer(model, Recipe(sampler, refine=RefineConfig(method), orders=1 if "mar" in name else 0, n_cal=50), range(10))
                     if mode != "none":
@@ -362,7 +365,7 @@ class Bench:
             head, body, *refined = (statistics.median(t) for t in self.compare("refine", "MAR-B's width, one AR step of 200 images", fns, 2))
         for mode, t in zip(("frozen", "coupled"), refined):
             whole = [head * steps / 4 + body * 100 for steps in (100, 10)]
-            self.add("refine", f"MAR-B's width, {mode}: share of an AR step", t, note=" and ".join(f"{t / w:.1%} at {s} steps" for w, s in zip(whole, (100, 10))))
+            self.add("refine", f"MAR-B's width, {mode}: share of an AR step", t, note=f"{t / whole[0]:.1%} at 100 steps, {t / whole[1]:.1%} at 10")
 
     def memory(self, cases=(("gpt-tiny", 64), ("mar-tiny", 64), ("cdm-tiny", 64), ("mar-b", 1))):
         """Peak of two training steps in a process of its own against plan.py's estimate; growth over 1000 steps."""

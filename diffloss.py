@@ -98,7 +98,7 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def modulations(self, y):
-        """y = time embedding + projected condition (..., width) -> (shift, 1 + scale, gate) of each block, (shift, 1 + scale) of the last."""
+        """y = time embedding + projected condition (..., width) -> each block's (shift, 1 + scale, gate), the last without gate."""
         y = F.silu(y)                                                    # once: adaLN_modulation is SiLU, Linear in each block
         mods = [block.adaLN_modulation[1](y) for block in (*self.res_blocks, self.final_layer)]
         parts = [mod.chunk(3, dim=-1) for mod in mods[:-1]] + [mods[-1].chunk(2, dim=-1)]

@@ -509,10 +509,9 @@ class Block(nn.Module):
         if at is None:
             q, k, v = self.attn.qkv(h).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         else:
-            project = lambda z, part: F.linear(z, self.attn.qkv.weight[part], self.attn.qkv.bias[part]).unflatten(-1, (-1, self.n_head, z.shape[-1] // self.n_head))
-            d = h.shape[-1]
-            q = project(gather(h, at), slice(d))[:, :, 0].transpose(1, 2)               # (B, H, n, head_dim)
-            k, v = project(h, slice(d, None)).permute(2, 0, 3, 1, 4)
+            (w_q, w_kv), (b_q, b_kv) = (p.tensor_split([h.shape[-1]]) for p in (self.attn.qkv.weight, self.attn.qkv.bias))
+            q = F.linear(gather(h, at), w_q, b_q).unflatten(-1, (self.n_head, -1)).transpose(1, 2)           # (B, H, n, head_dim)
+            k, v = F.linear(h, w_kv, b_kv).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
         return self.drop(self.attn.proj(a.transpose(1, 2).flatten(2)))
 
@@ -641,7 +640,8 @@ class MAR(Generator):
                  cfg_skip=0.0, num_iter=None, order=None, x=None, n_known=0):
         """Tokens (B, N, D) of classes y (B,) in num_iter steps (default N) of a cosine schedule.
 
-        cfg_skip: steps whose guidance scale is within this of 1 do without the null branch. order (B, N): default drawn from the noise. Inpainting: x (B, N, D) with its first n_known entries
+        cfg_skip: steps whose guidance scale is within this of 1 do without the null branch; 0 is exact.
+        order (B, N): default drawn from the noise. Inpainting: x (B, N, D) with its first n_known entries
         of `order` given; these stay as they are.
         """
         B, N, D = len(y), self.cfg.n_tokens, self.cfg.token_dim
