@@ -9,6 +9,7 @@ import torch
 
 import bench
 import data
+import sample
 from diffloss import ImageNoise, Sampler, replay
 from model import build, preset
 
@@ -66,6 +67,9 @@ def test_skipped_guidance_off_is_exact_and_a_wide_one_is_no_guidance():
         assert torch.equal(draw(3.0, cfg_skip=0.0), draw(3.0)) and not torch.equal(draw(3.0), draw(1.0))
         assert relative(draw(3.0, cfg_skip=9.0), draw(1.0)) < 1e-5                  # other matmul shapes
         assert not torch.equal(draw(3.0, cfg_skip=0.3), draw(3.0))
+    recipe = sample.make_recipe(sample.parse_args(["--cfg_skip", "0.2"]), "cdm", 1.0)
+    with pytest.raises(ValueError, match="--cfg_skip"):
+        sample.Drawer(tiny("cdm-tiny"), recipe, [0])
 
 
 def test_a_replayed_graph_sees_new_inputs_and_each_shape_has_its_own(monkeypatch):
