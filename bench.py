@@ -365,17 +365,18 @@ class Bench:
             head, body, *refined = (statistics.median(t) for t in self.compare("refine", "MAR-B's width, one AR step of 200 images", fns, 2))
         for mode, t in zip(("frozen", "coupled"), refined):
             whole = [head * steps / 4 + body * 100 for steps in (100, 10)]
-            self.add("refine", f"MAR-B's width, {mode}: share of an AR step", t, note=f"{t / whole[0]:.1%} at 100 steps, {t / whole[1]:.1%} at 10")
+            self.add("refine", f"MAR-B's width, {mode}: share of an AR step", t, note=f"{t / whole[0]:.2%} at 100 steps, {t / whole[1]:.2%} at 10")
 
     def memory(self, cases=(("gpt-tiny", 64), ("mar-tiny", 64), ("cdm-tiny", 64), ("mar-b", 1))):
         """Peak of two training steps in a process of its own against plan.py's estimate; growth over 1000 steps."""
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             for name, batch in cases:
-                options = {"grid": 4, "num_classes": 10} if "tiny" in name else {}
-                _, weights, kept = memory_estimate(preset(name, **options), batch)
+                options = {"grid": 4} if "tiny" in name else {}
+                same = preset(name, dropout=0.0, num_classes=10, inverse=False, buffer=0, **options)       # as in `train`
+                _, weights, kept = memory_estimate(same, batch)
                 peak, _ = pool.apply(training_memory, (name, batch, options, 2))
                 self.add("memory", f"{name}, training, batch {batch}", peak=peak, note=f"estimated {(weights + kept) / 2**30:.2f} GiB")
-            _, growth = pool.apply(training_memory, ("gpt-tiny", 8, {"grid": 4, "num_classes": 10}, 1000))
+            _, growth = pool.apply(training_memory, ("gpt-tiny", 8, {"grid": 4}, 1000))
             self.add("memory", "gpt-tiny, steps 100 to 1000", note=f"grew by {growth / 2**20:.1f} MiB")
 
     def gpu(self):
