@@ -40,7 +40,7 @@ class TimeEmbedding(nn.Module):
 
 
 def modulate(x, shift, scale):
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class ResBlock(nn.Module):
@@ -53,8 +53,8 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, mod):
-        shift, scale, gate = mod.chunk(3, dim=-1)
-        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+        shift, gain, gate = mod                                          # gain = 1 + scale
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), gain)))
 
 
 class FinalLayer(nn.Module):
@@ -65,8 +65,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, mod):
-        shift, scale = mod.chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        shift, gain = mod
+        return self.linear(torch.addcmul(shift, self.norm_final(x), gain))
 
 
 class DenoisingMLP(nn.Module):
@@ -98,9 +98,11 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def modulations(self, y):
-        """y = time embedding + projected condition (..., width) -> what each block needs of it."""
+        """y = time embedding + projected condition (..., width) -> each block's (shift, 1 + scale, gate), the last without gate."""
         y = F.silu(y)                                                    # once: adaLN_modulation is SiLU, Linear in each block
-        return [block.adaLN_modulation[1](y) for block in (*self.res_blocks, self.final_layer)]
+        mods = [block.adaLN_modulation[1](y) for block in (*self.res_blocks, self.final_layer)]
+        parts = [mod.chunk(3, dim=-1) for mod in mods[:-1]] + [mods[-1].chunk(2, dim=-1)]
+        return [(shift, 1 + scale, *gate) for shift, scale, *gate in parts]
 
     def denoise(self, x_t, mods):
         h = self.input_proj(x_t)                                         # (..., width)
@@ -120,12 +122,15 @@ class DenoisingMLP(nn.Module):
     def along(self, ts, c, rows=1024):
         """forward as a function (x_t, t) of one trajectory whose steps `ts` (a list, in order) and condition are known.
 
+        x_t may lack leading dimensions of c: two branches of guidance (2, M, C) share one x_t (M, D), and what is done to it
+        before the first modulation.
+
         The modulations are 3/5 of the arithmetic and do not depend on x_t: they are computed for as many steps ahead as
         make `rows` rows, in one matrix product. With few rows per step this reads the weights once instead of once per
         step (what it gains: bench.py); with many it changes nothing. c is projected once, as is each t.
         """
         ahead = max(1, rows // c.shape[:-1].numel())
-        cond, time = self.cond_embed(c), self.time_embed(torch.tensor(ts, device=c.device))
+        cond, time = self.cond_embed(c), self.time_embed(on_device(tuple(ts), c.device))
         ready = {}
 
         def denoise(x_t, t):
@@ -133,10 +138,18 @@ class DenoisingMLP(nn.Module):
                 j = ts.index(t)
                 ready.clear()
                 y = time[j:j + ahead].view(-1, *(1,) * (c.dim() - 1), time.shape[-1]) + cond       # (ahead, ..., width)
-                ready.update(zip(ts[j:j + ahead], zip(*(mod.unbind(0) for mod in self.modulations(y)))))
+                # per block (shift, gain, gate) of `ahead` steps -> per step those of all blocks
+                mods = [zip(*(part.unbind(0) for part in mod)) for mod in self.modulations(y)]
+                ready.update(zip(ts[j:j + ahead], zip(*mods)))
             return self.denoise(x_t, ready[t])
 
         return denoise
+
+
+@lru_cache
+def on_device(ts, device):
+    """The ints `ts` (a tuple) as a tensor, sent to the device once and not in every AR step: a copy would make the host wait."""
+    return torch.tensor(ts, device=device)
 
 
 # ---------------------------------------------------------------- the schedule
@@ -208,6 +221,7 @@ class DiffLoss(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net = net
+        self.graphs = None                                               # CUDA: {} captures each trajectory of `draw` as one graph
         schedule = Schedule()
         for name in ("alpha", "sigma", "x0_from_xt", "x0_from_eps", "mean_x0", "mean_xt", "log_var_min", "log_var_max"):
             self.register_buffer(name, torch.tensor(getattr(schedule, name), dtype=torch.float32), persistent=False)
@@ -253,22 +267,59 @@ class DiffLoss(nn.Module):
         v is the conditional branch's (as in MAR). ts: the steps at which it will be called, in order, if they are
         known: the same function, faster (DenoisingMLP.along).
         """
-        guided = c_null is not None and cfg_scale != 1.0
-        both = torch.cat([c, c_null]) if guided else c
+        guided = c_null is not None and (torch.is_tensor(cfg_scale) or cfg_scale != 1.0)
+        if ts and hasattr(self.net, "along"):
+            net = self.net.along(ts, torch.stack([c, c_null]) if guided else c)
+        else:
+            both = torch.cat([c, c_null]) if guided else c
 
-        def at(x_in, t):
-            return self.net(x_in, torch.full(x_in.shape[:1] + (1,) * (x_in.dim() - 2), t, device=x_in.device), both)
-
-        net = self.net.along(ts, both) if ts and hasattr(self.net, "along") else at
+            def net(x_t, t):
+                x_t = torch.cat([x_t, x_t]) if guided else x_t
+                out = self.net(x_t, torch.full(x_t.shape[:1] + (1,) * (x_t.dim() - 2), t, device=x_t.device), both)
+                return [z.unflatten(0, (2, -1)) for z in out] if guided else out
 
         def denoise(x_t, t):
-            eps, v = (out.float() for out in net(torch.cat([x_t, x_t]) if guided else x_t, t))
-            if guided:
-                (eps, eps_null), v = eps.chunk(2), v.chunk(2)[0]
-                eps = eps_null + cfg_scale * (eps - eps_null)
-            return eps, v
+            eps, v = (out.float() for out in net(x_t, t))
+            return (torch.lerp(eps[1], eps[0], cfg_scale), v[0]) if guided else (eps, v)
 
         return denoise
+
+    def draw(self, c, c_null, cfg_scale, sampler, noise, steps):
+        """x (..., D) under c (..., C), guided if c_null is given: one trajectory of `steps` evaluations from noise (n_noise, ..., D)."""
+        def trajectory(noise, scale, c, c_null=None):
+            return sampler(self.denoiser(c, c_null, scale, sampler.timesteps(steps)), noise, steps)
+
+        given = (c,) if c_null is None else (c, c_null)
+        if self.graphs is None:
+            return trajectory(noise, cfg_scale, *given)
+        scale = torch.full((), cfg_scale, device=c.device)                # a tensor, as it changes along the chain
+        return replay(self.graphs, (sampler, steps), trajectory, noise, scale, *given)
+
+
+def replay(graphs, key, fn, *inputs):
+    """fn(*inputs) on CUDA as one graph, captured when `key` and the inputs' shapes are first met and kept in the dict `graphs`.
+
+    About 40 kernels per evaluation of a small head take longer to launch than to run; a graph launches them all at once.
+    fn must not wait for the device. Weights may change in place, but not move; fn runs twice when it is captured.
+    """
+    key = (key, *(z.shape for z in inputs), torch.is_autocast_enabled("cuda"))
+    if key not in graphs:
+        static, side = [z.clone() for z in inputs], torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):                                    # outside the graph: workspaces, tables, cuBLAS
+            fn(*static)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.clear_autocast_cache()                                     # bf16 copies of weights are to live in the graph,
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = fn(*static)
+        torch.clear_autocast_cache()                                     # and there only
+        graphs[key] = graph, static, out
+    graph, static, out = graphs[key]
+    for z, new in zip(static, inputs):
+        z.copy_(new)
+    graph.replay()
+    return out.clone()
 
 
 # ---------------------------------------------------------------- samplers
@@ -364,9 +415,11 @@ class Sampler:
         return run(denoise, x, noise[1:], steps, trace)
 
     def predict(self, denoise, x, schedule, j, trace):
-        """x0 and the log-variance at step j of the schedule."""
+        """x0 and the variance fraction at step j of the schedule."""
+        # A small head takes no longer than the sampler's own arithmetic, so that every sampler here is written in as few
+        # operations as torch allows, and numbers are Python's (numpy's become tensors first, which costs as much as the product).
         eps, v = denoise(x, int(schedule.timestep_map[j]))
-        x0 = schedule.x0_from_xt[j] * x - schedule.x0_from_eps[j] * eps
+        x0 = torch.sub(x * float(schedule.x0_from_xt[j]), eps, alpha=float(schedule.x0_from_eps[j]))
         if self.x0_bound is not None:
             # CHOICE(x0_bound): |x0| is kept within the data's range, because at t = 999 the schedule
             # divides the head's error by sqrt(abar) ~ 5e-5 and young checkpoints give black or NaN images.
@@ -374,28 +427,35 @@ class Sampler:
             x0 = x0.clamp(-self.x0_bound, self.x0_bound)
         if trace is not None:
             trace.append((int(schedule.timestep_map[j]), x, x0))
-        frac = (v + 1) / 2
-        return x0, frac * schedule.log_var_max[j] + (1 - frac) * schedule.log_var_min[j]
+        return x0, v
 
     def ddpm(self, denoise, x, noise, steps, trace):
         schedule = respaced(steps)
         for j in reversed(range(steps)):
-            x0, log_var = self.predict(denoise, x, schedule, j, trace)
-            x = schedule.mean_x0[j] * x0 + schedule.mean_xt[j] * x
-            if j > 0:
-                x = x + self.temperature * (0.5 * log_var).exp() * noise[steps - 1 - j]
+            x0, v = self.predict(denoise, x, schedule, j, trace)
+            x = self.ancestral(x, x0, v, schedule, j, noise[steps - 1 - j] if j > 0 else None)
         return x
+
+    def ancestral(self, x, x0, v, schedule, j, noise):
+        """x at step j - 1 from x and x0 at step j; no noise at j = 0."""
+        x = torch.add(x0 * float(schedule.mean_x0[j]), x, alpha=float(schedule.mean_xt[j]))
+        if j == 0:
+            return x
+        # log std = half the log-variance, which is linear in v, from log_var_min at v = -1 to log_var_max at v = 1
+        low, high = float(schedule.log_var_min[j]), float(schedule.log_var_max[j])
+        return torch.addcmul(x, (v * ((high - low) / 4) + (high + low) / 4).exp(), noise, value=self.temperature)
 
     def ddim(self, denoise, x, noise, steps, trace):
         schedule = respaced(steps)
         prev = np.append(1.0, schedule.abar[:-1])
         for j in reversed(range(steps)):
             x0, _ = self.predict(denoise, x, schedule, j, trace)
-            eps = (schedule.x0_from_xt[j] * x - x0) / schedule.x0_from_eps[j]     # consistent with the bounded x0
+            # consistent with the bounded x0
+            eps = (x * float(schedule.x0_from_xt[j]) - x0) / float(schedule.x0_from_eps[j])
             sigma = self.eta * math.sqrt((1 - prev[j]) / (1 - schedule.abar[j]) * schedule.betas[j])
-            x = math.sqrt(prev[j]) * x0 + math.sqrt(max(1 - prev[j] - sigma ** 2, 0.0)) * eps
+            x = torch.add(x0 * math.sqrt(prev[j]), eps, alpha=math.sqrt(max(1 - prev[j] - sigma ** 2, 0.0)))
             if j > 0 and sigma > 0:
-                x = x + self.temperature * sigma * noise[steps - 1 - j]
+                x = torch.add(x, noise[steps - 1 - j], alpha=self.temperature * sigma)
         return x
 
     def dpm_solver(self, denoise, x, noise, steps, trace):
@@ -408,6 +468,6 @@ class Sampler:
             if s is None:
                 return x0
             h = lam[s] - lam[t]
-            d = x0 if before is None else x0 + (x0 - before) * (0.5 * h / h_before)
-            x = (sigma[s] / sigma[t]) * x - alpha[s] * math.expm1(-h) * d
+            d = x0 if before is None else torch.lerp(before, x0, float(1 + 0.5 * h / h_before))
+            x = torch.sub(x * float(sigma[s] / sigma[t]), d, alpha=float(alpha[s] * math.expm1(-h)))
             before, h_before = x0, h

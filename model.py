@@ -385,8 +385,7 @@ class Generator(nn.Module):
             # CHOICE(guidance): only the conditional branch is refined; the null branch keeps its conditions.
             # Alternative: refine both, or the guided direction. No flag.
             c = refine(i, c, lambda c, full=False: self.reveal(c, pos, z[0], sampler, full))
-        denoise = self.diffloss.denoiser(c, c_null, cfg_scale, sampler.timesteps(steps))
-        return sampler(denoise, z, steps)                                               # (B, n, D)
+        return self.diffloss.draw(c, c_null, cfg_scale, sampler, z, steps)              # (B, n, D)
 
     def head_calls(self, sampler, num_iter=None):
         """Evaluations of the denoiser per image: one per token and diffusion step (cdm: one per diffusion step)."""
@@ -457,10 +456,11 @@ class AR(Generator):
     forward = loss                                                                      # what DDP calls
 
     @torch.no_grad()
-    def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="constant", refine=None, progress=iter):
+    def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="constant", refine=None, progress=iter, cfg_skip=0.0):
         """Tokens (B, N, D) of classes y (B,): Algorithm 1, with the images' own noise (ImageNoise).
 
         cfg_schedule: 'constant', or 'linear' from 1 at the first patch to cfg_scale at the last.
+        cfg_skip: the head does without the null branch where the scale is within this of 1; 0 is exact.
         refine: None or a function (i, c (B, 1, C), inverse) -> c. progress wraps the range of AR steps (tqdm).
         """
         cfg, B, N = self.cfg, len(y), self.cfg.n_tokens
@@ -478,6 +478,7 @@ class AR(Generator):
             c, c_null = self.norm(h).split(B) if guided else (self.norm(h), None)       # line 2
             pos = torch.full((B, 1), i, device=y.device)
             scale = guidance_at(cfg_schedule, cfg_scale, (i + 1) / N)
+            c_null = c_null if abs(scale - 1) > cfg_skip else None                      # the transformer's is needed later: its cache
             x = self.draw_patches(i, N, c, c_null, scale, sampler, noise, pos, refine)  # lines 3-9
             tokens.append(x)                                                            # line 10
             h = self.x_proj(torch.cat([x, x]) if guided else x)
@@ -505,16 +506,23 @@ class Block(nn.Module):
         self.n_head, self.dropout = cfg.n_head, cfg.dropout
         self.drop = nn.Dropout(cfg.dropout)
 
-    def attention(self, h):
-        q, k, v = self.attn.qkv(h).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+    def attention(self, h, at=None):
+        """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only."""
+        if at is None:
+            q, k, v = self.attn.qkv(h).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        else:
+            (w_q, w_kv), (b_q, b_kv) = (p.tensor_split([h.shape[-1]]) for p in (self.attn.qkv.weight, self.attn.qkv.bias))
+            q = F.linear(gather(h, at), w_q, b_q).unflatten(-1, (self.n_head, -1)).transpose(1, 2)           # (B, H, n, head_dim)
+            k, v = F.linear(h, w_kv, b_kv).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
         return self.drop(self.attn.proj(a.transpose(1, 2).flatten(2)))
 
     def feed_forward(self, h):
         return self.drop(self.mlp.fc2(self.drop(F.gelu(self.mlp.fc1(h)))))
 
-    def forward(self, h):
-        h = h + self.attention(self.norm1(h))
+    def forward(self, h, at=None):
+        """h (B, T, C) -> (B, T, C), or (B, n, C) of the tokens `at` (B, n)."""
+        h = (h if at is None else gather(h, at)) + self.attention(self.norm1(h), at)
         return h + self.feed_forward(self.norm2(h))
 
 
@@ -564,8 +572,11 @@ class MAR(Generator):
         """(B, C) embedding of labels y; y == num_classes is the null class."""
         return torch.cat([self.class_emb.weight, self.fake_latent])[y]
 
-    def step_conditions(self, x_known, known, y):
-        """c (B, N, C) of all positions, given tokens x_known (B, n, D) at positions known (B, n)."""
+    def step_conditions(self, x_known, known, y, at=None):
+        """c (B, N, C) of all positions, given tokens x_known (B, n, D) at positions known (B, n); with `at` (B, m), c of these only.
+
+        With `at`, the last block looks at all tokens but computes these alone: one block in 24 is nearly free.
+        """
         B, n_class = len(y), self.cfg.n_class_tokens
         pos = torch.cat([torch.arange(n_class, device=y.device).expand(B, -1), known + n_class], dim=1)
         h = torch.cat([self.class_tokens(y)[:, None].expand(-1, n_class, -1), self.z_proj(x_known)], dim=1)
@@ -575,9 +586,12 @@ class MAR(Generator):
         h = self.decoder_embed(self.encoder_norm(h))                                    # (B, n_class + n, C)
         full = self.mask_token.to(h.dtype).expand(B, n_class + self.cfg.n_tokens, -1)
         h = full.scatter(1, pos[..., None].expand(-1, -1, h.shape[-1]), h) + self.decoder_pos_embed_learned
-        for block in self.decoder_blocks:
+        for block in self.decoder_blocks[:-1]:
             h = block(h)
-        return self.decoder_norm(h)[:, n_class:] + self.diffusion_pos_embed_learned
+        if at is None:
+            return self.decoder_norm(self.decoder_blocks[-1](h))[:, n_class:] + self.diffusion_pos_embed_learned
+        h = self.decoder_norm(self.decoder_blocks[-1](h, at + n_class))                 # (B, m, C)
+        return h + gather(self.diffusion_pos_embed_learned.expand(B, -1, -1), at)
 
     def draw(self, n, generator):
         u = random.Random(generator.initial_seed()).random()                            # one per step, on every rank alike
@@ -625,9 +639,10 @@ class MAR(Generator):
 
     @torch.no_grad()
     def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="linear", refine=None, progress=iter,
-                 num_iter=None, order=None, x=None, n_known=0):
+                 cfg_skip=0.0, num_iter=None, order=None, x=None, n_known=0):
         """Tokens (B, N, D) of classes y (B,) in num_iter steps (default N) of a cosine schedule.
 
+        cfg_skip: steps whose guidance scale is within this of 1 do without the null branch; 0 is exact.
         order (B, N): default drawn from the noise. Inpainting: x (B, N, D) with its first n_known entries
         of `order` given; these stay as they are.
         """
@@ -637,14 +652,15 @@ class MAR(Generator):
         x = torch.zeros(B, N, D, device=y.device) if x is None else x.clone()
         steps = [(max(a, n_known), b) for a, b in self.chain(num_iter) if b > n_known]
         guided = cfg_scale != 1.0
-        labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)]) if guided else y
-        twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
+        labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
         for i in progress(range(len(steps))):
             a, b = steps[i]
             pos = order[:, a:b]
-            c = self.step_conditions(twice(gather(x, order[:, :a])), twice(order[:, :a]), labels)
-            c, c_null = gather(c, twice(pos)).split(B) if guided else (gather(c, pos), None)
             scale = guidance_at(cfg_schedule, cfg_scale, b / N)
+            both = guided and abs(scale - 1) > cfg_skip
+            twice = (lambda z: torch.cat([z, z])) if both else (lambda z: z)
+            c = self.step_conditions(twice(gather(x, order[:, :a])), twice(order[:, :a]), labels if both else y, twice(pos))
+            c, c_null = c.split(B) if both else (c, None)
             patches = self.draw_patches(i, len(steps), c, c_null, scale, sampler, noise, pos, refine)
             x.scatter_(1, pos[..., None].expand(-1, -1, D), patches)
         return x

@@ -50,6 +50,7 @@ class Recipe:
     m: int = 200                        # reference images per class, at most
     ref_split: str = "train"
     n_cal: int = 200                    # images per class and order that calibrate frozen mode
+    cfg_skip: float = 0.0               # no null branch in the head (mar: at all) where the guidance scale is within this of 1
 
     @property
     def refined(self):
@@ -68,6 +69,8 @@ class Drawer:
         if recipe.num_iter and (kind != "mar" or recipe.num_iter > N):
             raise ValueError(f"--num_iter {recipe.num_iter}: this is a {kind} model of {N} tokens; only mar has a choice, "
                              "of at most one step per token")
+        if recipe.cfg_skip and kind == "cdm":
+            raise ValueError("--cfg_skip: the guidance of a cdm model does not change along a chain; use --cfg_scale 1 for none")
         if recipe.refined and kind == "cdm":
             raise ValueError("--refine: a cdm model has one fixed condition per image and no AR chain, so there is nothing to refine")
         if recipe.refined and recipe.refine.lam > 0 and not model.cfg.inverse:
@@ -118,6 +121,8 @@ class Drawer:
         options = {"cfg_scale": recipe.cfg_scale}
         if recipe.cfg_schedule:
             options["cfg_schedule"] = recipe.cfg_schedule
+        if recipe.cfg_skip:
+            options["cfg_skip"] = recipe.cfg_skip
         if self.model.cfg.kind == "mar":
             options["num_iter"] = recipe.num_iter
         if self.pool is not None:
@@ -232,6 +237,7 @@ def add_drawing_flags(p):
     p.add_argument("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
     p.add_argument("--cfg_scale", type=number(float, 0), default=1.0, help="classifier-free guidance, 1 = off")
     p.add_argument("--cfg_schedule", choices=("constant", "linear"), help="over the chain (default: mar linear, else constant)")
+    p.add_argument("--cfg_skip", type=number(float, 0), default=0.0, help="do without guidance where its scale is within this of 1, 0 = exact")
     r = p.add_argument_group("refinement", "Algorithm 1; see the README. Unset flags take the tuned setting.")
     r.add_argument("--refine", choices=("default", *METHODS), default="none", help="what moves the conditions")
     r.add_argument("--strength", type=number(float, 0), help="the dial from diversity to fidelity: multiplies eta")
@@ -265,7 +271,7 @@ def make_recipe(args, kind, x0_bound):
     bound = x0_bound if args.x0_bound is None else args.x0_bound or None
     sampler = Sampler(args.solver, args.steps, args.steps_late, args.ddim_eta, args.temperature, bound)
     return Recipe(sampler, args.cfg_scale, args.cfg_schedule, args.num_iter, refine, args.inverse, orders, args.target, args.m,
-                  args.ref_split, args.n_cal)
+                  args.ref_split, args.n_cal, args.cfg_skip)
 
 
 def newest_run(root="out"):

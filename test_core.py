@@ -511,9 +511,8 @@ def test_golden_ancestral_step(golden):
     schedule = respaced(golden.steps)
     for row, j in enumerate(golden["pstep_index"].tolist()):
         x_t, c = golden["pstep_x_t"][row:row + 1], golden["sample_c"][row:row + 1]
-        x0, log_var = s.predict(d.denoiser(c), x_t, schedule, j, None)
-        x = schedule.mean_x0[j] * x0 + schedule.mean_xt[j] * x_t
-        x = x + (j > 0) * s.temperature * (0.5 * log_var).exp() * golden["pstep_noise"][row:row + 1]
+        x0, v = s.predict(d.denoiser(c), x_t, schedule, j, None)
+        x = s.ancestral(x_t, x0, v, schedule, j, golden["pstep_noise"][row:row + 1])
         assert relative(x0, golden["pstep_x0"][row:row + 1]) < 1e-5, f"x0 at step {j}"
         assert relative(x, golden["pstep_out"][row:row + 1]) < 1e-5, f"step {j}"
 
