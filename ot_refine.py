@@ -35,7 +35,7 @@ class RefineConfig:
     K: int = 1                  # JKO steps per AR step (Alg. 1 line 3); 0 leaves every condition bitwise as it is
     eta: float | tuple = 0.5    # JKO step size, one number or K of them; 0 leaves every condition bitwise as it is
     strength: float = 1.0       # multiplies eta: the dial from diversity to fidelity; gaussian+sinkhorn at 0 is Gaussian only
-    reg: float = 0.05           # entropic weight as a fraction of the mean cost between conditions and targets
+    reg: float = 0.2            # entropic weight as a fraction of the mean cost between conditions and targets
     lam: float = 0.0            # weight of || c - T^-1(x) ||^2
     m: int = 0                  # targets to keep per group, the first of those given; 0 = all
     debias: bool = True         # subtract the self-transport; False shows the entropic shrinkage of the cloud
@@ -44,7 +44,7 @@ class RefineConfig:
     pooled: bool = False        # one transport problem for all groups instead of one per group
     window: tuple = (0.0, 1.0)  # refine AR step i of N when window[0] <= i / N < window[1]
     n_iter: int = 100           # Sinkhorn iterations, at most
-    tol: float | None = 1e-3    # L1 error of the marginals to stop at; None = exactly n_iter, no host synchronisation
+    tol: float | None = 0.05    # L1 error of the marginals to stop at (moves T by 5 %, its own noise is larger); None = exactly n_iter, no host synchronisation
     shrink: float = 0.5         # covariance shrinkage of the Gaussian map, times the optimum for one matrix
     ema_decay: float = 0.99     # `ema`: decay of the running mean over the targets in the order given
     neighbors: int = 5          # `knn`: how many nearest targets are averaged
@@ -63,7 +63,7 @@ class RefineConfig:
             (self.strength >= 0, "strength", "at least 0"),
             (self.implicit or all(e * self.strength < 1 for e in etas), "eta",
              "below 1 after `strength` for explicit steps (they diverge); try implicit=True"),
-            (self.reg > 0, "reg", "above 0; try 0.05"),
+            (self.reg > 0, "reg", "above 0; try 0.2"),
             (self.lam >= 0, "lam", "at least 0"),
             (self.m >= 0 and self.rank >= 0, "m and rank", "at least 0 (0 = all)"),
             (len(self.window) == 2 and 0 <= self.window[0] <= self.window[1] <= 1, "window", "0 <= first <= last <= 1"),
