@@ -305,12 +305,12 @@ class Bench:
         for name, batch, options in cases:
             model = self.model(name, dropout=0.0, num_classes=10, inverse=False, buffer=0, **options).train()
             ema, cfg = copy.deepcopy(model).requires_grad_(False), model.cfg
-            args = training.parse_args(["--global_batch", str(batch), "--lr", "1e-6"])
+            args = training.parse_args(["--global_batch", str(batch), "--lr", "1e-6", "--optimizer", "adamw"])
             x, y = torch.randn(batch, cfg.token_dim, cfg.grid, cfg.grid), torch.arange(batch) % 10
             tokens = x.flatten(2).mT.contiguous().to(self.device)
             split = type("Images", (), {"__len__": lambda self: batch, "batch": lambda self, index, key: (x[index], y[index])})()
             data, world = SimpleNamespace(train=split, patch=1), SimpleNamespace(size=1, rank=0, device=self.device)
-            plain, ours = Plain(model), training.make_optimizer(model, args)
+            plain, ours = Plain(model), training.make_optimizers(model, args)
             old = torch.optim.AdamW(model.parameters(), 1e-6, foreach=False, fused=False)
             draw = lambda: model.draw(batch, training.generator(self.device, args.seed, 0))     # the same draws, and mask ratio, for both
             step = {"plain": lambda: plain.step(ema, old, tokens, y.to(self.device), draw()),

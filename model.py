@@ -469,7 +469,7 @@ class AR(Generator):
         shape = (2, len(labels), cfg.n_head, N, cfg.n_embd // cfg.n_head)
         h = self.class_emb(labels)[:, None]                                             # (B or 2B, 1, C)
         kind = y.device.type                                                            # keys and values are kept as they are computed
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else h.dtype
+        dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else h.dtype
         caches = [torch.empty(shape, device=y.device, dtype=dtype) for _ in self.blocks]
         tokens = []
         for i in progress(range(N)):                                                    # Alg. 1 line 1
@@ -629,13 +629,8 @@ class MAR(Generator):
         N = self.cfg.n_tokens
         if order is None:
             order = torch.arange(N, device=x.device).expand(len(x), -1)
-        out = None
-        for a, b in self.chain(num_iter):
-            c = self.step_conditions(gather(x, order[:, :a]), order[:, :a], y)
-            index = order[:, a:b, None].expand(-1, -1, c.shape[-1])
-            out = torch.zeros_like(c) if out is None else out
-            out = out.scatter(1, index, c.gather(1, index))
-        return out
+        parts = [self.step_conditions(gather(x, order[:, :a]), order[:, :a], y, order[:, a:b]) for a, b in self.chain(num_iter)]
+        return gather(torch.cat(parts, dim=1), order.argsort(1))                        # from the order's places to positions
 
     @torch.no_grad()
     def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="linear", refine=None, progress=iter,

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffloss import Sampler
 from model import build, checkpoint_blocks, preset
 
 HARDWARE = {"8 x H100": (8 * 989e12, 80), "8 x A100": (8 * 312e12, 80), "1 x RTX 4090": (165e12, 24)}    # peak FLOP/s, GB each
@@ -58,6 +59,10 @@ def memory_estimate(cfg, share, recompute=False):
     return model, 20 * model.num_params, by_layers(cfg, count) * share
 
 
+def empty(*shape, **options):
+    return torch.empty(*shape, device="meta", **options)
+
+
 def counted(fn, *args):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         fn(*args)
@@ -84,14 +89,14 @@ def chain_flops(cfg, num_iter=None):
     """FLOPs of the transformer over the AR steps of one image.
 
     A step costs a quadratic in the number of known tokens (mar: attention of the encoder) or less (ar: one query on
-    the cache), so that three counted steps give all of them exactly.
+    the cache), and mar's last block so much for each token drawn, so that four counted steps give all of them exactly.
     """
     model, N = on_meta(cfg).eval(), cfg.n_tokens
-    empty = lambda *shape, **kw: torch.empty(*shape, device="meta", **kw)
 
-    def step(a):
+    def step(a, drawn=1):
         if cfg.kind == "mar":
-            return model.step_conditions(empty(1, a, cfg.token_dim), empty(1, a, dtype=torch.long), empty(1, dtype=torch.long))
+            return model.step_conditions(empty(1, a, cfg.token_dim), empty(1, a, dtype=torch.long), empty(1, dtype=torch.long),
+                                         empty(1, drawn, dtype=torch.long))
         h, cache = empty(1, 1, cfg.n_embd), empty(2, 1, cfg.n_head, N, cfg.n_embd // cfg.n_head)
         for block in model.blocks:
             h = block(h, model.cos[a:a + 1], model.sin[a:a + 1], cache, a)
@@ -100,22 +105,25 @@ def chain_flops(cfg, num_iter=None):
     at = sorted({0, N // 2, N - 1})
     cost = [counted(step, a) for a in at]
     lagrange = lambda a: sum(c * math.prod((a - z) / (x - z) for z in at if z != x) for x, c in zip(at, cost))
-    return round(sum(lagrange(a) for a, _ in model.chain(num_iter)))
+    each = counted(step, 0, 2) - cost[0] if cfg.kind == "mar" else 0                 # token drawn beyond the first
+    return round(sum(lagrange(a) + (b - a - 1) * each for a, b in model.chain(num_iter)))
 
 
 def sampling_flops(cfg, steps=100, num_iter=None, guided=True):
     """FLOPs of drawing one image: the whole chain with `steps` evaluations of the denoiser per patch."""
-    branches = 2 if guided else 1
+    def head(cfg, n, steps):
+        c, z = empty(1, 1 if cfg.kind == "cdm" else n, cfg.n_embd), empty(1, 1, n, cfg.token_dim)
+        return counted(on_meta(cfg).diffloss.draw, c, c if guided else None, 2.0, Sampler("ddim", steps), z, steps)
 
-    def head(cfg, n=cfg.n_tokens):
-        x, t, c = (torch.empty(1, *shape, device="meta") for shape in ((n, cfg.token_dim), (1,), (1, cfg.n_embd)))
-        return counted(on_meta(cfg).diffloss.net, x, t, c.expand(-1, 1 if cfg.kind == "cdm" else n, -1))
+    def all_steps(cfg, n):                                                           # affine in the number of steps
+        one, two = (head(cfg, n, k) for k in (1, 2))
+        return one + (steps - 1) * (two - one)
     if cfg.kind == "cdm":
-        return branches * steps * by_layers(cfg, head)
+        return by_layers(cfg, lambda cfg: all_steps(cfg, cfg.n_tokens))
     small = replace(cfg, n_layer=1)
-    patch = head(small, 2) - head(small, 1)                                          # the time embedding is shared in a step
-    heads = cfg.n_tokens * patch + len(on_meta(small).chain(num_iter)) * (head(small, 1) - patch)
-    return branches * (by_layers(cfg, lambda cfg: chain_flops(cfg, num_iter)) + steps * heads)
+    patch = all_steps(small, 2) - all_steps(small, 1)                                # the time embedding is shared in an AR step
+    heads = cfg.n_tokens * patch + len(on_meta(small).chain(num_iter)) * (all_steps(small, 1) - patch)
+    return (2 if guided else 1) * by_layers(cfg, lambda cfg: chain_flops(cfg, num_iter)) + heads
 
 
 def reference_flops(cfg, num_iter=None):
