@@ -342,7 +342,7 @@ class Bench:
             tokens_of = lambda y, m: torch.randn(m, 16, 16, generator=torch.Generator().manual_seed(y)).clamp(-1, 1)
             for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
                 for mode, method in (("none", "none"), ("frozen", "gaussian+sinkhorn"), ("coupled", "gaussian+sinkhorn")):
-                    drawer = Drawer(model, Recipe(sampler, refine=RefineConfig(method), orders=1 if "mar" in name else 0, n_cal=50), range(10))
+                    drawer = Drawer(model, Recipe(sampler, refine=RefineConfig(method), orders=1 if "mar" in name else 0), range(10))
                     if mode != "none":
                         (drawer.calibrate if mode == "frozen" else drawer.set_targets)(tokens_of)
                     y = torch.arange(10).repeat_interleave(20)
