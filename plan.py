@@ -7,13 +7,14 @@ FLOPs are those of matrix products (2 per multiply-add), by torch's own counter 
 sampler. Hours are FLOPs over the hardware's dense bf16 peak times UTILISATION, an assumption and no measurement.
 """
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import lru_cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffloss import Sampler
-from model import build, checkpoint_blocks, preset
+from model import Config, build, checkpoint_blocks, preset
 
 HARDWARE = {"8 x H100": (8 * 989e12, 80), "8 x A100": (8 * 312e12, 80), "1 x RTX 4090": (165e12, 24)}    # peak FLOP/s, GB each
 UTILISATION = 0.35
@@ -21,8 +22,14 @@ IMAGENET = 1_281_167
 
 
 def on_meta(cfg, recompute=False):
+    """The model without memory, in training mode; built once, as initialising takes seconds even there."""
+    return built(tuple(asdict(cfg).items()), recompute).train()
+
+
+@lru_cache(maxsize=8)
+def built(fields, recompute):
     with torch.device("meta"):
-        model = build(cfg)
+        model = build(Config(**dict(fields)))
     if recompute:
         checkpoint_blocks(model)
     return model

@@ -264,12 +264,12 @@ def test_the_classifier_recognises_held_out_digits_and_comes_back_from_its_cache
     real = digits()
     x, y = real.train_images, real.train_labels
     before = torch.random.get_rng_state()
-    net = ev.train_classifier(x, y, cache=cache)
+    net = ev.train_classifier(x, y, epochs=4, cache=cache)
     f = ev.extract(net, real.images, real.labels)
-    assert ev.class_accuracy(f.logits, f.labels) >= .97, ev.class_accuracy(f.logits, f.labels)   # measured .998
+    assert ev.class_accuracy(f.logits, f.labels) >= .97, ev.class_accuracy(f.logits, f.labels)   # the default 10 epochs: .995 to .998
     assert f.x.shape == (946, 64) and f.x.dtype == torch.float32
     assert 32 < f.cov.trace() < 128                           # unit variance in 64 dimensions, roughly
-    again = ev.train_classifier(x, y, cache=cache)
+    again = ev.train_classifier(x, y, epochs=4, cache=cache)
     assert torch.equal(ev.extract(again, real.images).x, f.x)
     assert torch.equal(before, torch.random.get_rng_state()) and len(os.listdir(cache)) == 1
 
