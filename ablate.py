@@ -3,6 +3,9 @@
     python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm                   quick profile, minutes
     python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm --profile full    5 seeds, hours
     python evaluate.py ablate --ar out/ar --only eta strength                           some rows
+    python evaluate.py ablate --ar out/ar --profile full --tune                         where the defaults come from
+
+--tune never looks at held-out images: half of the training images of a class are targets, the others the reference.
 
 `ablation` lists the rows; add a line to try something. --out_dir receives rows.jsonl (a line per finished row and seed:
 to go on after a stop, run the same command again), table.csv and figures. A row is known again by its recipe, model and
@@ -43,15 +46,14 @@ class Row(NamedTuple):
     apart: int = 0                               # held-out images of a class that are left out of the reference
 
 
-def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=200, ref_split="train", n_cal=0, target="teacher", **config):
+def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=500, ref_split="train", n_cal=0, target="teacher", **config):
     return Recipe(sampler, cfg_scale, refine=RefineConfig(**config), inverse=inverse, orders=orders, m=m,
                   ref_split=ref_split, n_cal=n_cal, target=target)
 
 
 def ablation(full):
     """The rows. To try something, add a line; --only NAME runs it alone."""
-    flow = dict(method="sinkhorn", K=4, eta=1.0, reg=0.05)    # Sinkhorn alone, to convergence
-    whole = dict(K=4, eta=1.0)                                # a rival, to convergence: (1 / 3)^4 of the way is left
+    flow = dict(method="sinkhorn")                            # Sinkhorn alone: (1 / 3)^4 of the way is left, as of the rivals'
     paper = dict(method="sinkhorn", K=2, eta=0.5, lam=0.1, inverse="full")
     rows = [
         Row("generators", "CDM", "cdm", Recipe()),
@@ -61,7 +63,7 @@ def ablation(full):
         Row("generators", "MAR, one order", "mar", Recipe(orders=1)),
         Row("generators", "MAR + refinement", "mar", refined(orders=1)),
         Row("parts", "none", "ar", Recipe()),
-        *(Row("parts", method, "ar", refined(method=method, **whole)) for method in ("mean", "meanvar", "ema", "knn")),
+        *(Row("parts", method, "ar", refined(method=method)) for method in ("mean", "meanvar", "ema", "knn")),
         Row("parts", "gaussian", "ar", refined(strength=0)),
         Row("parts", "sinkhorn", "ar", refined(**flow)),
         Row("parts", "sinkhorn, biased", "ar", refined(**flow, debias=False)),
@@ -69,7 +71,7 @@ def ablation(full):
         Row("parts", "gaussian+sinkhorn", "ar", refined()),
         Row("parts", "gaussian+sinkhorn, coupled", "ar", refined(), coupled=True),
         # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1(x_hat)
-        Row("parts", "inverse term alone", "ar", refined(method="mean", eta=5e-4, lam=1000.0)),
+        Row("parts", "inverse term alone", "ar", refined(method="mean", K=1, eta=5e-4, lam=1000.0)),
         Row("parts", "inverse term added", "ar", refined(lam=0.1)),
         Row("parts", "literal Algorithm 1", "ar", refined(**paper), coupled=True),
         Row("parts", "literal Algorithm 1, frozen", "ar", refined(**paper)),
@@ -89,7 +91,8 @@ def ablation(full):
 
 SWEEPS = {                                                    # axis: (quick, more in full, recipe of a value)
     "K": ((1, 4), (0, 2, 8), lambda v: refined(K=v)),
-    "K, sinkhorn alone, eta 1": ((), (1, 2, 4, 8), lambda v: refined(method="sinkhorn", K=v, eta=1.0, reg=0.05)),
+    "K, sinkhorn alone": ((), (1, 2, 4, 8), lambda v: refined(method="sinkhorn", K=v)),
+    "K, eta 0.5": ((), (1, 2, 4, 8), lambda v: refined(K=v, eta=0.5)),
     "eta": ((0.5, 2), (0.25, 1), lambda v: refined(eta=v)),
     "reg": ((0.05, 0.2), (0.02, 0.5, 1), lambda v: refined(reg=v)),
     "lam": ((0, 0.1), (0.3, 1), lambda v: refined(lam=float(v))),
@@ -128,6 +131,7 @@ def parse_args(argv):
     p.add_argument("--seeds", type=number(int, 1), help="how many (default: quick 2, full 5)")
     p.add_argument("--n", type=number(int, MIN_IMAGES), help="images per seed (default: quick 500, full 1000)")
     p.add_argument("--n_cal", type=number(int, 8), help="images per class that calibrate (default: quick 100, full 200)")
+    p.add_argument("--tune", action="store_true", help="measure against one half of the training images, with targets from the other")
     p.add_argument("--only", nargs="+", metavar="WORD", help="groups or rows with one of these words in their name")
     p.add_argument("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
     p.add_argument("--out_dir", default=os.path.join("out", "ablation"), help="rows.jsonl, table.csv and figures go here")
@@ -136,6 +140,7 @@ def parse_args(argv):
     p.add_argument("--vae", help="kl16.ckpt, for models of latents")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     args = p.parse_args(argv)
+    args.m_max = None                                         # targets of a class, at most: set by --tune
     for k, (quick, full) in {"seeds": (2, 5), "n": (500, 1000), "n_cal": (100, 200)}.items():
         setattr(args, k, getattr(args, k) or (full if args.profile == "full" else quick))
     return args
@@ -149,14 +154,17 @@ def main(argv):
         raise ValueError("which models? give --ar RUN, --mar RUN or --cdm RUN")
     check_runs(runs)
     rows = [r for r in ablation(args.profile == "full") if r.model in runs]
+    if args.tune:
+        rows = [r for r in rows if r.recipe.ref_split == "train" and not r.apart]
     rows = [r for r in rows if not args.only or any(w.lower() in f"{r.group}: {r.name}".lower() for w in args.only)]
     if not rows:
         raise ValueError(f"--only {' '.join(args.only)} matches no row of the models given")
     out.mkdir(parents=True, exist_ok=True)
     real = real_images(next(iter(runs.values())).dataset)
+    real, args.m_max = real.for_tuning() if args.tune else (real, None)
     judge = Judge(make_extractor("classifier", real, device, cache=args.cache), real, device, own_classes=True)
     floor, which = judge.floor(args.n)
-    print(f"{args.n} images a seed; floor: FD {floor['fid']:.2f}, {which}")
+    print(f"{args.n} images a seed; floor: FD {floor['fid']:.2f}, {which}" + " (the reference is of training images)" * args.tune)
     done, began, first = read_results(out / "rows.jsonl"), time.time(), None
     for at, row in enumerate(rows):
         keys = {result_key(row, runs[row.model], seed, args): seed for seed in range(args.seeds)}
@@ -196,7 +204,7 @@ def check_runs(runs):
 
 def fill(recipe, run, args):
     """The recipe as it runs."""
-    return replace(recipe, n_cal=recipe.n_cal or args.n_cal, sampler=replace(recipe.sampler, x0_bound=run.facts["x0_bound"]))
+    return replace(recipe, n_cal=recipe.n_cal or args.n_cal, m=min(recipe.m, args.m_max or recipe.m), sampler=replace(recipe.sampler, x0_bound=run.facts["x0_bound"]))
 
 
 @functools.cache
@@ -214,7 +222,7 @@ def result_key(row, run, seed, args):
     elif row.coupled:
         what["coupled"] = [args.batch_size, row.mixed]
     what["run"] = digest(run.path)
-    return hashlib.sha256(json.dumps([what, row.apart, args.n, seed]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([what, row.apart, args.n, seed] + ["tune"] * args.tune).encode()).hexdigest()[:16]
 
 
 def read_results(path):

@@ -80,15 +80,16 @@ class Plain:
         h = torch.cat([m.class_tokens(y)[:, None].expand(-1, n, -1), m.z_proj(x)], dim=1)
         h = m.z_proj_ln(h + m.encoder_pos_embed_learned)
         keep = torch.cat([torch.ones(B, n, dtype=torch.bool, device=x.device), ~mask], dim=1)
-        h = h[keep].reshape(B, -1, h.shape[-1])
+        kept = lambda z: z[keep].reshape(B, -1, z.shape[-1])
+        h, everywhere = kept(h), (m.cos, m.sin) if self.cfg.rope else None
         for block in m.encoder_blocks:
-            h = block(h)
+            h = block(h, None, everywhere and [kept(z.expand(B, -1, -1)) for z in everywhere])
         h = m.decoder_embed(m.encoder_norm(h))
         full = m.mask_token.expand(B, n + N, -1).clone().to(h.dtype)
         full[keep] = h.reshape(-1, h.shape[-1])
         h = full + m.decoder_pos_embed_learned
         for block in m.decoder_blocks:
-            h = block(h)
+            h = block(h, None, everywhere)
         return m.decoder_norm(h)[:, n:] + m.diffusion_pos_embed_learned
 
     @torch.no_grad()

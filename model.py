@@ -51,6 +51,7 @@ class Config:
     n_class_tokens: int = 64        # mar: copies of the class token in front of the sequence
     mask_min: float = 0.7           # mar: the training mask ratio is normal (mean 1, std mask_std), cut to [mask_min, 1]
     mask_std: float = 0.25
+    rope: bool = False              # mar: 2-D RoPE in every attention, beside MAR's learned positions
     inverse: bool = False           # train T^-1 beside the model (CHOICE inverse)
     buffer: int = 0                 # keep so many conditions per class and position (CHOICE target, the alternative)
 
@@ -59,7 +60,7 @@ class Config:
             raise ValueError(f"kind={self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
-        if self.kind == "ar" and (self.n_embd // self.n_head) % 4:
+        if (self.kind == "ar" or self.rope) and (self.n_embd // self.n_head) % 4:
             raise ValueError(f"head dimension n_embd / n_head = {self.n_embd // self.n_head} must be divisible by 4 for 2-D RoPE")
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1")
@@ -83,12 +84,16 @@ PRESETS = {
     "cdm-l": dict(kind="cdm", n_layer=24, n_head=16, n_embd=1024),
     "cdm-xl": dict(kind="cdm", n_layer=28, n_head=16, n_embd=1152),
     # equal within 5 %, for a CPU
-    "gpt-tiny": dict(kind="ar", n_layer=4, n_head=4, n_embd=64, head_depth=2, head_width=128, dropout=0.05, inverse=True, buffer=64),
-    "mar-tiny": dict(kind="mar", n_layer=2, n_head=4, n_embd=72, head_depth=2, head_width=128, dropout=0.05,
+    "gpt-tiny": dict(kind="ar", n_layer=4, n_head=4, n_embd=64, head_depth=2, head_width=128, dropout=0.05, diffusion_batch_mul=1,
+                     inverse=True, buffer=64),
+    "mar-tiny": dict(kind="mar", n_layer=2, n_head=6, n_embd=72, head_depth=2, head_width=128, dropout=0.05,
+                     diffusion_batch_mul=2,             # half of the tokens are masked: as many rows in the head as gpt-tiny
                      n_class_tokens=4, inverse=True, buffer=64,
+                     # with learned positions alone it does not find the neighbours of a patch within 2400 steps and ignores its context
+                     rope=True,
                      # 16 tokens drawn one a step: with MAR's .7 a context of more than 4 patches would never be trained
                      mask_min=0.0, mask_std=0.5),
-    "cdm-tiny": dict(kind="cdm", n_layer=4, n_head=4, n_embd=80, dropout=0.05),
+    "cdm-tiny": dict(kind="cdm", n_layer=4, n_head=2, n_embd=82, dropout=0.05, diffusion_batch_mul=1),
 }
 
 
@@ -506,23 +511,26 @@ class Block(nn.Module):
         self.n_head, self.dropout = cfg.n_head, cfg.dropout
         self.drop = nn.Dropout(cfg.dropout)
 
-    def attention(self, h, at=None):
-        """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only."""
+    def attention(self, h, at=None, angles=None):
+        """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only. angles: cos and sin (B or 1, T, head_dim / 2) of RoPE."""
         if at is None:
             q, k, v = self.attn.qkv(h).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         else:
             (w_q, w_kv), (b_q, b_kv) = (p.tensor_split([h.shape[-1]]) for p in (self.attn.qkv.weight, self.attn.qkv.bias))
             q = F.linear(gather(h, at), w_q, b_q).unflatten(-1, (self.n_head, -1)).transpose(1, 2)           # (B, H, n, head_dim)
             k, v = F.linear(h, w_kv, b_kv).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        if angles is not None:
+            k = rotate(k, *(z[:, None] for z in angles))
+            q = rotate(q, *((z if at is None else gather(z.expand(len(h), -1, -1), at))[:, None] for z in angles))
         a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
         return self.drop(self.attn.proj(a.transpose(1, 2).flatten(2)))
 
     def feed_forward(self, h):
         return self.drop(self.mlp.fc2(self.drop(F.gelu(self.mlp.fc1(h)))))
 
-    def forward(self, h, at=None):
+    def forward(self, h, at=None, angles=None):
         """h (B, T, C) -> (B, T, C), or (B, n, C) of the tokens `at` (B, n)."""
-        h = (h if at is None else gather(h, at)) + self.attention(self.norm1(h), at)
+        h = (h if at is None else gather(h, at)) + self.attention(self.norm1(h), at, angles)
         return h + self.feed_forward(self.norm2(h))
 
 
@@ -559,6 +567,9 @@ class MAR(Generator):
         self.decoder_blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
         self.decoder_norm = nn.LayerNorm(d, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, N, d))
+        if cfg.rope:
+            for name, z in zip(("cos", "sin"), rope_2d(cfg.grid, d // cfg.n_head)):     # all class tokens stand at (0, 0)
+                self.register_buffer(name, torch.cat([z[:1].expand(n_class, -1), z[1:]])[None], persistent=False)
         for name, p in self.named_parameters():
             if name.startswith(("diffloss", "inverse")):
                 continue
@@ -581,16 +592,18 @@ class MAR(Generator):
         pos = torch.cat([torch.arange(n_class, device=y.device).expand(B, -1), known + n_class], dim=1)
         h = torch.cat([self.class_tokens(y)[:, None].expand(-1, n_class, -1), self.z_proj(x_known)], dim=1)
         h = self.z_proj_ln(h + gather(self.encoder_pos_embed_learned.expand(B, -1, -1), pos))
+        everywhere = (self.cos, self.sin) if self.cfg.rope else None
+        angles = everywhere and [gather(z.expand(B, -1, -1), pos) for z in everywhere]
         for block in self.encoder_blocks:
-            h = block(h)
+            h = block(h, None, angles)
         h = self.decoder_embed(self.encoder_norm(h))                                    # (B, n_class + n, C)
         full = self.mask_token.to(h.dtype).expand(B, n_class + self.cfg.n_tokens, -1)
         h = full.scatter(1, pos[..., None].expand(-1, -1, h.shape[-1]), h) + self.decoder_pos_embed_learned
         for block in self.decoder_blocks[:-1]:
-            h = block(h)
+            h = block(h, None, everywhere)
         if at is None:
-            return self.decoder_norm(self.decoder_blocks[-1](h))[:, n_class:] + self.diffusion_pos_embed_learned
-        h = self.decoder_norm(self.decoder_blocks[-1](h, at + n_class))                 # (B, m, C)
+            return self.decoder_norm(self.decoder_blocks[-1](h, None, everywhere))[:, n_class:] + self.diffusion_pos_embed_learned
+        h = self.decoder_norm(self.decoder_blocks[-1](h, at + n_class, everywhere))     # (B, m, C)
         return h + gather(self.diffusion_pos_embed_learned.expand(B, -1, -1), at)
 
     def draw(self, n, generator):

@@ -32,8 +32,8 @@ METHODS = ("none", "sinkhorn", "gaussian", "gaussian+sinkhorn", "mean", "meanvar
 class RefineConfig:
     """What to transport with, how far and how precisely; raises ValueError, in one place, on what makes no sense."""
     method: str = "gaussian+sinkhorn"  # one of METHODS; "gaussian+sinkhorn": the whole Gaussian map, then K Sinkhorn steps
-    K: int = 1                  # JKO steps per AR step (Alg. 1 line 3); 0 leaves every condition bitwise as it is
-    eta: float | tuple = 0.5    # JKO step size, one number or K of them; 0 leaves every condition bitwise as it is
+    K: int = 4                  # JKO steps per AR step (Alg. 1 line 3); 0 leaves every condition bitwise as it is
+    eta: float | tuple = 1.0    # JKO step size, one number or K of them; 0 leaves every condition bitwise as it is
     strength: float = 1.0       # multiplies eta: the dial from diversity to fidelity; gaussian+sinkhorn at 0 is Gaussian only
     reg: float = 0.2            # entropic weight as a fraction of the mean cost between conditions and targets
     lam: float = 0.0            # weight of || c - T^-1(x) ||^2
@@ -62,7 +62,7 @@ class RefineConfig:
             (all(e >= 0 for e in etas), "eta", "at least 0"),
             (self.strength >= 0, "strength", "at least 0"),
             (self.implicit or all(e * self.strength < 1 for e in etas), "eta",
-             "below 1 after `strength` for explicit steps (they diverge); try implicit=True"),
+             "below 1 after `strength` for explicit steps (they diverge); try eta=0.5"),
             (self.reg > 0, "reg", "above 0; try 0.2"),
             (self.lam >= 0, "lam", "at least 0"),
             (self.m >= 0 and self.rank >= 0, "m and rank", "at least 0 (0 = all)"),
@@ -294,16 +294,26 @@ def fit_sinkhorn(x, y, a, b, cfg, warm=None):
 def apply_sinkhorn(s, c, cfg):
     # CHOICE(coupling): frozen mode evaluates the entropic maps out of sample: every image is
     # refined alone, by what calibration kept; alternative: the literal batch-coupled solve; `bind(group, coupled=True)`
-    to = _attend(sq_cost(c, s["y"]), s["g"], s["reg"], s["b"], s["y"])
+    kernel, _ = _log_kernel(c, s["y"], s["g"], s["reg"], s["b"])
+    to = torch.bmm(kernel.softmax(-1), s["y"])
     if not cfg.debias:
         return to
     # T_cc(c): the self-transport of the calibration cloud with c added. a exp(2 h / reg) <= 1 bounds the exponentials
     # by sqrt(n), so nothing overflows; far from the cloud they vanish, u -> sqrt(n + 1) and T_cc(c) -> c.
     n = (s["a"] > 0).sum(-1)[:, None, None]                                         # (G, 1, 1)
-    e = n * s["a"][:, None] * ((s["h"][:, None] - sq_cost(c, s["x"])) / s["reg"][:, None, None]).exp()
+    kernel, row = _log_kernel(c, s["x"], s["h"], s["reg"], s["a"])
+    e = kernel.add_(row + n.to(row).log()).exp_()
     total = e.sum(-1, keepdim=True)                                                 # (G, n, 1)
     u = 2 * (n + 1) / (total + (total.square() + 4 * (n + 1)).sqrt())               # solves u (total + u) = n + 1
     return c + to - (torch.bmm(e, s["x"]) + u * c) / (total + u)
+
+
+def _log_kernel(c, y, h, reg, w):
+    """(h_l - || c_j - y_l ||^2) / reg + log w_l as a sum of two: (G, n, m), one matrix product, and a term of the row (G, n, 1)."""
+    center = y.mean(1, keepdim=True)                                                # as in sq_cost
+    c, y, reg = c - center, y - center, reg[:, None, None]
+    column = (h[:, None] - y.square().sum(-1)[:, None]) / reg + w.log()[:, None]
+    return torch.baddbmm(column, c * (2 / reg), y.mT), -c.square().sum(-1, keepdim=True) / reg
 
 
 def fit_gaussian(x, y, a, b, cfg, warm=None):
@@ -596,7 +606,8 @@ class Refiner:
         if i not in self.targets:
             return c
         cfg, slots, dtype = self.cfg, c.shape[1], torch.float64 if c.dtype == torch.float64 else torch.float32
-        y = self.targets[i][rows.present].flatten(0, 1).to(dtype)                   # (G' P, m, r)
+        present = lambda v: v if len(rows.present) == len(v) else v[rows.present]   # a copy only where groups are missing
+        y = present(self.targets[i]).flatten(0, 1).to(dtype)                        # (G' P, m, r)
         if c.ndim != 3 or slots != self.targets[i].shape[1] or (not cfg.rank and c.shape[-1] != y.shape[-1]):
             raise ValueError(f"step {i}: conditions {tuple(c.shape)}, expected (B, {self.targets[i].shape[1]}, C) as in the targets")
         if cfg.lam > 0 and inverse is None:
@@ -614,8 +625,7 @@ class Refiner:
                 # alternative: a whole trajectory per k, the paper's literal text; the caller's --inverse
                 ideal = down(inverse(up(rows.back(z, slots)).to(c.dtype)).to(dtype)) if cfg.lam > 0 else None
                 if mode == "frozen":
-                    state = {n: v[rows.present].flatten(0, 1) for n, v in self.states[i][k].items()} | {"y": y}
-                    state = {n: v.to(dtype) for n, v in state.items()}
+                    state = {n: present(v).flatten(0, 1).to(dtype) for n, v in self.states[i][k].items()} | {"y": y}
                     to = MAPS[method][1](state, z, cfg)
                 else:
                     if mode == "record" and dtype == torch.float32:

@@ -77,9 +77,13 @@ def counted(fn, *args):
 
 
 def by_layers(cfg, count):
-    """count(cfg) of a deep model from two shallow ones: FLOPs and memory are affine in the number of layers."""
-    one, two = (count(replace(cfg, n_layer=n)) for n in (1, 2))
-    return one + (cfg.n_layer - 1) * (two - one)
+    """count(cfg) of a deep model from shallow ones: FLOPs and memory are affine in the layers of the transformer and of the head."""
+    small = replace(cfg, n_layer=1, head_depth=min(1, cfg.head_depth))
+    one = count(small)
+    total = one + (cfg.n_layer - 1) * (count(replace(small, n_layer=2)) - one)
+    if cfg.head_depth > 1:
+        total += (cfg.head_depth - 1) * (count(replace(small, head_depth=2)) - one)
+    return total
 
 
 def training_flops(cfg, recompute=False):
@@ -127,10 +131,11 @@ def sampling_flops(cfg, steps=100, num_iter=None, guided=True):
         return one + (steps - 1) * (two - one)
     if cfg.kind == "cdm":
         return by_layers(cfg, lambda cfg: all_steps(cfg, cfg.n_tokens))
-    small = replace(cfg, n_layer=1)
-    patch = all_steps(small, 2) - all_steps(small, 1)                                # the time embedding is shared in an AR step
-    heads = cfg.n_tokens * patch + len(on_meta(small).chain(num_iter)) * (all_steps(small, 1) - patch)
-    return (2 if guided else 1) * by_layers(cfg, lambda cfg: chain_flops(cfg, num_iter)) + heads
+
+    def heads(cfg):
+        patch = all_steps(cfg, 2) - all_steps(cfg, 1)                                # the time embedding is shared in an AR step
+        return cfg.n_tokens * patch + len(on_meta(cfg).chain(num_iter)) * (all_steps(cfg, 1) - patch)
+    return by_layers(cfg, lambda cfg: (2 if guided else 1) * chain_flops(cfg, num_iter) + heads(cfg))
 
 
 def reference_flops(cfg, num_iter=None):

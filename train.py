@@ -33,11 +33,11 @@ from diffloss import ImageNoise, Sampler
 from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint, set_threads
 from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
-SMALL = dict(model="gpt-tiny", steps=2400, global_batch=64, diffusion_batch_mul=1, lr=2e-3, lr_schedule="cosine", warmup=200,
+SMALL = dict(model="gpt-tiny", steps=2400, global_batch=64, lr=2e-3, lr_schedule="cosine", warmup=200,
              ema_decay=0.999, weight_decay=0.02, optimizer="muon", size=16, patch=4, eval_every=400)
-IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, diffusion_batch_mul=4, lr=8e-4, lr_schedule="constant", warmup=62_500,
+IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4, lr_schedule="constant", warmup=62_500,
                 ema_decay=0.9999, weight_decay=0.02, optimizer="adamw", patch=1, eval_every=5000)
-DEFAULTS = {"digits": SMALL, "shapes": SMALL, "folder": SMALL,
+DEFAULTS = {"digits": SMALL, "shapes": {**SMALL, "diffusion_batch_mul": 4}, "folder": SMALL,
             "imagenet256": {**IMAGENET, "size": 256}, "imagenet512": {**IMAGENET, "size": 512}}
 LATENT = dict(size=256, patch=1)                 # any folder with a VAE
 
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     p.add_argument("--model", help=f"one of {', '.join(PRESETS)}")
     p.add_argument("--dropout", type=number(float, 0, 0.9), help="dropout in the transformer (default: the preset's)")
     p.add_argument("--class_dropout", type=number(float, 0, 1), default=0.1, help="share of labels dropped, for guidance")
-    p.add_argument("--diffusion_batch_mul", type=number(int, 1, 64), help="uses of each token per step, with fresh t and noise")
+    p.add_argument("--diffusion_batch_mul", type=number(int, 1, 64), help="uses of each token per step, with fresh t and noise (default: the preset's; shapes 4)")
     p.add_argument("--inverse", action="store_true", default=None, help="train T^-1 beside the model (default: the preset's)")
     p.add_argument("--no-inverse", dest="inverse", action="store_false", default=None, help="do not train T^-1")
     p.add_argument("--buffer", type=number(int, 0), help="conditions kept per class and position for sample.py --target buffer (default: the preset's)")
