@@ -19,7 +19,7 @@ import pickle
 import random
 import warnings
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -217,7 +217,7 @@ def from_mar(state, path):
     if not state.get("model_ema"):
         warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose images are worse than the averaged "
                       "ones of the original checkpoint-last.pth", stacklevel=2)
-    cfg = mar_config(weights, state.get("n_head"), path)
+    cfg = replace(mar_config(weights, state.get("n_head"), path), rope=bool(state.get("rope")))
     with torch.device("meta"):
         problem = state_problem(weights, build(cfg).state_dict())
     if problem:
@@ -253,12 +253,17 @@ def mar_config(weights, n_head, path):
 
 
 def export_mar(path, state):
-    """Write a mar checkpoint of train.py in MAR's layout; what MAR has not (T^-1, kept conditions) stays behind."""
+    """Write a mar checkpoint of train.py in MAR's layout; what MAR has not (T^-1, kept conditions) stays behind.
+
+    The number of heads and RoPE, which no tensor shows, are kept beside the weights.
+    """
     if state["config"]["kind"] != "mar":
         raise ValueError(f"only mar models have MAR's layout; this is a {state['config']['kind']} model")
     own = ("inverse.", "buffer.")
     parts = {theirs: {k: v for k, v in state[ours].items() if not k.startswith(own)} for theirs, ours in (("model", "model"), ("model_ema", "ema"))}
-    save_checkpoint(path, {**parts, "n_head": state["config"]["n_head"]})
+    save_checkpoint(path, {**parts, **{k: state["config"][k] for k in ("n_head", "rope")}})
+    if state["config"]["rope"]:
+        warnings.warn(f"{path}: this model has RoPE, which MAR's own code has not: only this repository can run it", stacklevel=2)
 
 
 def read_safetensors(path):

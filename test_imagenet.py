@@ -429,11 +429,14 @@ def test_safetensors_are_read_without_a_package_and_warned_about(golden, tmp_pat
 
 
 def test_our_mar_weights_come_back_from_mar_s_layout(latent_run, tmp_path, monkeypatch, capsys):
-    code, out, err = cli(sample, ["--ckpt", latent_run[0], "--export", tmp_path / "mar.pth"], monkeypatch, capsys)
+    with pytest.warns(UserWarning, match="RoPE"):
+        code, out, err = cli(sample, ["--ckpt", latent_run[0], "--export", tmp_path / "mar.pth"], monkeypatch, capsys)
     assert code == 0, err
     ours, theirs = models.load_model(latent_run[0])[0], models.load_model(tmp_path / "mar.pth")[0]
     names = [k for k in ours.state_dict() if not k.startswith(("inverse.", "buffer."))]
     assert sorted(names) == sorted(theirs.state_dict()) and all(torch.equal(ours.state_dict()[k], theirs.state_dict()[k]) for k in names)
+    x, y = torch.randn(3, ours.cfg.n_tokens, ours.cfg.token_dim), torch.tensor([0, 1, 1])
+    assert torch.equal(ours.conditions(x, y), theirs.conditions(x, y)), "the same weights, but another architecture"
 
 
 @pytest.fixture(scope="module")
