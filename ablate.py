@@ -61,7 +61,7 @@ def ablation(full):
         Row("generators", "AR + refinement", "ar", refined()),
         Row("generators", "MAR", "mar", Recipe()),
         Row("generators", "MAR, one order", "mar", Recipe(orders=1)),
-        Row("generators", "MAR + refinement", "mar", refined(orders=1)),
+        Row("generators", "MAR, one order + refinement", "mar", refined(orders=1)),
         Row("parts", "none", "ar", Recipe()),
         *(Row("parts", method, "ar", refined(method=method)) for method in ("mean", "meanvar", "ema", "knn")),
         Row("parts", "gaussian", "ar", refined(strength=0)),
@@ -83,9 +83,9 @@ def ablation(full):
     ]
     if full:
         rows += [Row("targets", "pooled", "ar", refined(pooled=True))]
-        rows += [Row("generators", f"MAR, {n} iterations{' + refinement' * r}", "mar",
-                     replace(refined(orders=1) if r else Recipe(), num_iter=n)) for n in (4, 8) for r in (0, 1)]
-        rows += [Row("generators", f"MAR + refinement, {S} orders", "mar", refined(orders=S)) for S in (4,)]
+        rows += [Row("generators", f"MAR, {n} iterations, one order{' + refinement' * r}", "mar",
+                     replace(refined(orders=1) if r else Recipe(orders=1), num_iter=n)) for n in (4, 8) for r in (0, 1)]
+        rows += [Row("generators", f"MAR, 4 orders{' + refinement' * r}", "mar", refined(orders=4) if r else Recipe(orders=4)) for r in (0, 1)]
     return rows + curves(full)
 
 
@@ -343,6 +343,7 @@ def save(fig, path):
 def plot_bars(path, bars, floor):
     import matplotlib.pyplot as plt
     groups = list(dict.fromkeys(row.group for row, _ in bars))
+    bars = sorted(bars, key=lambda bar: groups.index(bar[0].group))
     fig, ax = plt.subplots(figsize=(8, 1.2 + 0.24 * len(bars)), layout="constrained")
     values, at = [v["fid"] for _, v in bars], range(len(bars))
     ax.barh(at, values, xerr=[v.get("fid_std", 0) for _, v in bars], height=0.75, alpha=0.5, error_kw={"elinewidth": 1},
@@ -386,8 +387,10 @@ def plot_curves(path, curves, floor, plain=None):
         if plain is not None and len(lines) == 1:
             ax.axhline(plain, color="grey", linestyle="--", label="no refinement")
         ax.set_xlabel(axis)
+        if len(lines) > 3:                                    # a tall legend needs room above the curves
+            ax.set_ylim(top=ax.get_ylim()[0] + 1.4 * (ax.get_ylim()[1] - ax.get_ylim()[0]))
         if len(lines) > 1 or ax is axes.flat[0]:
-            ax.legend(fontsize=7)
+            ax.legend(fontsize=7, ncols=1 + (len(lines) > 3))
     for ax in axes.flat[len(curves):]:
         ax.axis("off")
     for ax in axes[:, 0]:
@@ -400,9 +403,10 @@ def plot_dial(path, points, table, floor):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 3.5), layout="constrained")
     points = sorted(points, key=lambda p: p[0])
-    ax.plot([v["recall"] for _, v in points], [v["accuracy"] for _, v in points], marker="o", label="gaussian, then sinkhorn")
-    for x, v in points:
-        ax.annotate(f"strength {x:g}", (v["recall"], v["accuracy"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    ax.plot([v["recall"] for _, v in points], [v["accuracy"] for _, v in points], marker="o", label="gaussian, then sinkhorn: strength")
+    for k, (x, v) in enumerate(points):                       # neighbours above and below, else their names overlap
+        ax.annotate(f"{x:g}", (v["recall"], v["accuracy"]), fontsize=8, xytext=(4, -11 if k % 2 else 5), textcoords="offset points")
+    ax.margins(x=0.15)
     for row, v, _ in table:
         if (row.group, row.name) in (("parts", "none"), ("generators", "AR")):
             ax.plot(v["recall"], v["accuracy"], "ks", label="no refinement" if row.group == "parts" else None)

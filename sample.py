@@ -49,7 +49,7 @@ class Recipe:
     target: str = "teacher"             # P_c*: conditions of real images, or the "buffer" collected in training
     m: int = 500                        # reference images per class, at most
     ref_split: str = "train"
-    n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: as many as targets, at least 100
+    n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: as many as targets, at least 200
     cfg_skip: float = 0.0               # no null branch in the head (mar: at all) where the guidance scale is within this of 1
 
     @property
@@ -95,8 +95,7 @@ class Drawer:
     def calibrate(self, tokens_of, batch_size=1000, progress=iter):
         """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own; returns the images per group."""
         self.set_targets(tokens_of)
-        # clouds of equal size: else the one's sampling error is not that which the other's, subtracted, takes away
-        S, n = max(self.recipe.orders, 1), self.recipe.n_cal or max(100, self.refiner.weights.shape[1] if self.refiner.targets else 0)
+        S, n = max(self.recipe.orders, 1), self.recipe.n_cal or max(200, self.refiner.weights.shape[1] if self.refiner.targets else 0)
         group = torch.arange(len(self.classes) * S).repeat_interleave(n)
         y = torch.tensor(self.classes)[group // S]
         index = (y * S + group % S) * n + torch.arange(len(group)) % n               # a class is calibrated alike beside any others
@@ -199,7 +198,7 @@ def refinement_bytes(model, recipe):
     Per token, order and class: m targets of rank r; a Sinkhorn stage keeps n_cal particles and the potentials, a
     Gaussian stage a matrix. The peak: all conditions (m, N, C) in fp32, twice while they are sorted by AR step.
     """
-    refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.n_cal or max(100, recipe.m)
+    refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.n_cal or max(200, recipe.m)
     r, unit = min(refine.rank or cfg.n_embd, cfg.n_embd), torch.finfo(getattr(torch, refine.store)).bits // 8
     state = {"sinkhorn": n * (r * unit + 8) + 8 * m + 4, "gaussian": 4 * (r * r + 2 * r), "mean": 12 * r, "meanvar": 12 * r, "ema": 4 * r, "knn": 4 * m}
     held = sum(b - a for a, b in model.chain(recipe.num_iter)[1:]) * (m * r * unit + sum(state[name] for name, _ in refine.stages()))
@@ -257,7 +256,7 @@ def add_drawing_flags(p):
                    help="ideal conditions: those of real images, or those that training met last (needs train.py --buffer)")
     r.add_argument("--m", type=number(int, 1), default=500, help="reference images per class, at most")
     r.add_argument("--ref_split", choices=("train", "heldout"), default="train", help="where reference images come from")
-    r.add_argument("--n_cal", type=number(int, 8), default=0, help="images per class (and order) that calibrate frozen mode (default: as many as reference images, at least 100)")
+    r.add_argument("--n_cal", type=number(int, 8), default=0, help="images per class (and order) that calibrate frozen mode (default: as many as reference images, at least 200)")
     r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, 0 = a fresh one per image "
                    "(default: 1 with refinement, else 0)")
     r.add_argument("--data_dir", help="folder and imagenet: where the reference images are (default: as in training)")

@@ -632,7 +632,7 @@ def theorem3(subjects, args):
                          f"floor {fit_root[0][2]:.2f}; with the exact map W2 falls by a factor {(ideal[-1] / ideal[0]) ** (1 / K):.4f} "
                          "per step (class 0)")
         e.panel(kind, curves, xlabel="k", ylabel="relative to k = 0", yscale="log")
-        e.judge(kind, all(met), f"the refiner's entropic map (reg 0.05), eta = {ETA}, rho = {closed:.2f}, from drawn conditions to as many "
+        e.judge(kind, all(met), f"the refiner's entropic map (reg {RefineConfig().reg:g}), eta = {ETA}, rho = {closed:.2f}, from drawn conditions to as many "
                 f"targets. {'; '.join(words)}.", **numbers)
     return e
 
