@@ -302,7 +302,7 @@ class Bench:
             self.add("ar", f"{name}, a token at positions {k} to {k + 7}", t, statistics.median(spent[0]) / t)
 
     def train(self, cases=(("gpt-tiny", 64, dict(grid=4)), ("mar-tiny", 64, dict(grid=4)), ("mar-b", 1, {}))):
-        """A training step: loss, gradients, clipping, AdamW, moving average; 4 uses of each token, dropout off to compare."""
+        """A training step: loss, gradients, clipping, AdamW, moving average; the preset's uses of each token, dropout off to compare."""
         for name, batch, options in cases:
             model = self.model(name, dropout=0.0, num_classes=10, inverse=False, buffer=0, **options).train()
             ema, cfg = copy.deepcopy(model).requires_grad_(False), model.cfg
@@ -342,13 +342,15 @@ class Bench:
             model, fns = self.model(name, grid=4, num_classes=10), {}
             tokens_of = lambda y, m: torch.randn(m, 16, 16, generator=torch.Generator().manual_seed(y)).clamp(-1, 1)
             for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
-                for mode, method in (("none", "none"), ("frozen", "gaussian+sinkhorn"), ("coupled", "gaussian+sinkhorn")):
-                    drawer = Drawer(model, Recipe(sampler, refine=RefineConfig(method), orders=1 if "mar" in name else 0), range(10))
+                for mode, method in (("none", "none"), ("frozen", "gaussian+sinkhorn"), ("coupled", "gaussian+sinkhorn"),
+                                     ("frozen, sinkhorn alone", "sinkhorn"), ("coupled, sinkhorn alone", "sinkhorn")):
+                    recipe = Recipe(sampler, refine=RefineConfig(method), orders=1 if "mar" in name else 0, m=200)   # as the digits have
+                    drawer = Drawer(model, recipe, range(10))
                     if mode != "none":
-                        (drawer.calibrate if mode == "frozen" else drawer.set_targets)(tokens_of)
+                        (drawer.calibrate if mode.startswith("frozen") else drawer.set_targets)(tokens_of)
                     y = torch.arange(10).repeat_interleave(20)
                     fns[f"{sampler.solver} {sampler.steps}, {mode}"] = lambda drawer=drawer: drawer(y, range(200), 0)
-                self.compare("refine", f"{name}, batch 200", fns, note="ratio to the first of the three")
+                self.compare("refine", f"{name}, batch 200", fns, note="ratio to the first")
                 fns = {}
         groups, n, wide = 10, 20, 768
         cloud = lambda k, scale: scale * torch.randn(groups, 1, k, wide, device=self.device)
