@@ -1,7 +1,7 @@
 """The ablation: every part of the method, one row each, same models, seeds and number of images.
 
-    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm                   quick profile, minutes
-    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm --profile full    5 seeds, hours
+    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm                   quick profile, ten minutes
+    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm --profile full    5 seeds, an hour
     python evaluate.py ablate --ar out/ar --only eta strength                           some rows
     python evaluate.py ablate --ar out/ar --profile full --tune                         where the defaults come from
 
@@ -130,7 +130,7 @@ def parse_args(argv):
     p.add_argument("--profile", choices=["quick", "full"], default="quick", help="quick: at most 15 minutes on 2 cores; full: every row")
     p.add_argument("--seeds", type=number(int, 1), help="how many (default: quick 2, full 5)")
     p.add_argument("--n", type=number(int, MIN_IMAGES), help="images per seed (default: quick 500, full 1000)")
-    p.add_argument("--n_cal", type=number(int, 8), help="images per class that calibrate (default: quick 100, full 200)")
+    p.add_argument("--n_cal", type=number(int, 8), default=200, help="images per class that calibrate frozen mode")
     p.add_argument("--tune", action="store_true", help="measure against one half of the training images, with targets from the other")
     p.add_argument("--only", nargs="+", metavar="WORD", help="groups or rows with one of these words in their name")
     p.add_argument("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
@@ -141,7 +141,7 @@ def parse_args(argv):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
     args = p.parse_args(argv)
     args.m_max = None                                         # targets of a class, at most: set by --tune
-    for k, (quick, full) in {"seeds": (2, 5), "n": (500, 1000), "n_cal": (100, 200)}.items():
+    for k, (quick, full) in {"seeds": (2, 5), "n": (500, 1000)}.items():
         setattr(args, k, getattr(args, k) or (full if args.profile == "full" else quick))
     return args
 
