@@ -89,7 +89,8 @@ PRESETS = {
     "mar-tiny": dict(kind="mar", n_layer=2, n_head=6, n_embd=72, head_depth=2, head_width=128, dropout=0.05,
                      diffusion_batch_mul=2,             # half of the tokens are masked: as many rows in the head as gpt-tiny
                      n_class_tokens=4, inverse=True, buffer=64,
-                     # with learned positions alone it does not find the neighbours of a patch within 2400 steps and ignores its context
+                     # CHOICE(rope): 2-D RoPE beside MAR's learned positions, with which alone it does not find the neighbours of a
+                     # patch in 2400 steps and ignores its context. Alternative: MAR's own, as in mar-b/l/h. Flag: --no-rope.
                      rope=True,
                      # 16 tokens drawn one a step: with MAR's .7 a context of more than 4 patches would never be trained
                      mask_min=0.0, mask_std=0.5),

@@ -52,6 +52,10 @@ class Recipe:
     n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: as many as targets, at least 200
     cfg_skip: float = 0.0               # no null branch in the head (mar: at all) where the guidance scale is within this of 1
 
+    def calibration_images(self, m):
+        """Images per class and order that calibrate frozen mode with m targets."""
+        return self.n_cal or max(200, m)
+
     @property
     def refined(self):
         return bool(self.refine.stages())
@@ -95,7 +99,7 @@ class Drawer:
     def calibrate(self, tokens_of, batch_size=1000, progress=iter):
         """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own; returns the images per group."""
         self.set_targets(tokens_of)
-        S, n = max(self.recipe.orders, 1), self.recipe.n_cal or max(200, self.refiner.weights.shape[1] if self.refiner.targets else 0)
+        S, n = max(self.recipe.orders, 1), self.recipe.calibration_images(self.refiner.weights.shape[1] if self.refiner.targets else 0)
         group = torch.arange(len(self.classes) * S).repeat_interleave(n)
         y = torch.tensor(self.classes)[group // S]
         index = (y * S + group % S) * n + torch.arange(len(group)) % n               # a class is calibrated alike beside any others
@@ -198,7 +202,7 @@ def refinement_bytes(model, recipe):
     Per token, order and class: m targets of rank r; a Sinkhorn stage keeps n_cal particles and the potentials, a
     Gaussian stage a matrix. The peak: all conditions (m, N, C) in fp32, twice while they are sorted by AR step.
     """
-    refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.n_cal or max(200, recipe.m)
+    refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.calibration_images(recipe.m)
     r, unit = min(refine.rank or cfg.n_embd, cfg.n_embd), torch.finfo(getattr(torch, refine.store)).bits // 8
     state = {"sinkhorn": n * (r * unit + 8) + 8 * m + 4, "gaussian": 4 * (r * r + 2 * r), "mean": 12 * r, "meanvar": 12 * r, "ema": 4 * r, "knn": 4 * m}
     held = sum(b - a for a, b in model.chain(recipe.num_iter)[1:]) * (m * r * unit + sum(state[name] for name, _ in refine.stages()))

@@ -818,6 +818,16 @@ def test_dry_run_describes_every_preset_without_training(name, tmp_path, monkeyp
     assert "parameters" in out and "GiB" in out and not (tmp_path / "x").exists()
 
 
+def test_no_rope_gives_mar_s_own_positions(tmp_path, monkeypatch, capsys):
+    fit(tmp_path, "--model", "mar-tiny", "--no-rope", *FAST, "--steps", 1, monkeypatch=monkeypatch, capsys=capsys)
+    plain, state = models.load_model(tmp_path)
+    turned = build(models.replace(plain.cfg, rope=True)).eval()
+    turned.load_state_dict(plain.state_dict())                                          # RoPE has no weights of its own
+    x, y = torch.randn(4, plain.cfg.n_tokens, plain.cfg.token_dim, generator=gen(0)), torch.tensor([0, 1, 2, 3])
+    assert not plain.cfg.rope and (plain.conditions(x, y) - turned.conditions(x, y)).abs().max() > 1e-3
+    assert tiny("mar-tiny").cfg.rope and not preset("mar-b").rope
+
+
 # ================================================================ sampling
 
 def draw(argv, monkeypatch, capsys):

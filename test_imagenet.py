@@ -639,7 +639,7 @@ def test_flops_and_memory_of_the_published_sizes_are_those_of_a_calculation_by_h
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny", "cdm-tiny"])
 def test_depth_extrapolation_of_flops_and_memory_is_exact(name, monkeypatch):
     cfg = preset(name, token_dim=4, grid=4)
-    deep = plan.replace(cfg, n_layer=5)
+    deep = plan.replace(cfg, n_layer=5, head_depth=4 if cfg.head_depth else 0)
     model = plan.on_meta(deep)
     with plan.FlopCounterMode(display=False) as counter:
         model.loss(*plan.one_image(model)).sum().backward()

@@ -57,6 +57,7 @@ def parse_args(argv=None):
     p.add_argument("--diffusion_batch_mul", type=number(int, 1, 64), help="uses of each token per step, with fresh t and noise (default: the preset's; shapes 4)")
     p.add_argument("--inverse", action="store_true", default=None, help="train T^-1 beside the model (default: the preset's)")
     p.add_argument("--no-inverse", dest="inverse", action="store_false", default=None, help="do not train T^-1")
+    p.add_argument("--no-rope", dest="rope", action="store_false", default=None, help="mar: learned positions alone, as in MAR (default: the preset's)")
     p.add_argument("--buffer", type=number(int, 0), help="conditions kept per class and position for sample.py --target buffer (default: the preset's)")
     p.add_argument("--x0_bound", type=number(float, 0), help="bound of |x0| in sampling, 0 = off (default: the data's range)")
     p.add_argument("--out_dir", default="out", help="where the run lives")
@@ -313,7 +314,7 @@ def main():
     args = parse_args()
     dataset = datasets.load(args.dataset, args.data_dir, args.size, args.patch, args.max_bad, args.vae, args.cache_dir,
                             pick_device(args.device), plan=args.dry_run)
-    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse", "buffer")
+    options = {k: getattr(args, k) for k in ("dropout", "class_dropout", "diffusion_batch_mul", "inverse", "rope", "buffer")
                if getattr(args, k) is not None}
     cfg = preset(args.model, token_dim=dataset.token_dim, grid=dataset.grid, num_classes=len(dataset.class_names), **options)
     world = World(args.device)
