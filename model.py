@@ -89,8 +89,8 @@ PRESETS = {
     "mar-tiny": dict(kind="mar", n_layer=2, n_head=6, n_embd=72, head_depth=2, head_width=128, dropout=0.05,
                      diffusion_batch_mul=2,             # half of the tokens are masked: as many rows in the head as gpt-tiny
                      n_class_tokens=4, inverse=True, buffer=64,
-                     # CHOICE(rope): 2-D RoPE beside MAR's learned positions, with which alone it does not find the neighbours of a
-                     # patch in 2400 steps and ignores its context. Alternative: MAR's own, as in mar-b/l/h. Flag: --no-rope.
+                     # CHOICE(rope): 2-D RoPE beside MAR's learned positions, with which alone it is slow to find the neighbours of
+                     # a patch (FD 4.0 instead of 1.7 after 2400 steps). Alternative: MAR's own, as in mar-b/l/h. Flag: --no-rope.
                      rope=True,
                      # 16 tokens drawn one a step: with MAR's .7 a context of more than 4 patches would never be trained
                      mask_min=0.0, mask_std=0.5),
