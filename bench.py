@@ -342,8 +342,8 @@ class Bench:
             model, fns = self.model(name, grid=4, num_classes=10), {}
             tokens_of = lambda y, m: torch.randn(m, 16, 16, generator=torch.Generator().manual_seed(y)).clamp(-1, 1)
             for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
-                for mode, config in (("none", {"method": "none"}), ("frozen", {}), ("coupled", {}), ("frozen, rank 16", {"rank": 16}),
-                                     ("coupled, rank 16", {"rank": 16}), ("coupled, sinkhorn alone", {"method": "sinkhorn"})):
+                for mode, config in (("none", {"method": "none"}), ("frozen", {}), ("coupled", {}), ("frozen, all directions", {"rank": 0}),
+                                     ("coupled, all directions", {"rank": 0}), ("coupled, sinkhorn alone", {"method": "sinkhorn"})):
                     recipe = Recipe(sampler, refine=RefineConfig(**config), orders=1 if "mar" in name else 0, m=200)  # as the digits have
                     drawer = Drawer(model, recipe, range(10))
                     if mode != "none":

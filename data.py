@@ -29,7 +29,8 @@ import latents
 from vae import KL16, KL16_SCALE, Identity, load_kl16
 
 ASSETS = Path(__file__).parent / "assets"
-DATASETS = ("digits", "shapes", "folder", "imagenet256", "imagenet512")
+TUNING = ("digits-tune", "shapes-tune")         # as digits and shapes, without their held-out images: where defaults are chosen
+DATASETS = ("digits", "shapes", *TUNING, "folder", "imagenet256", "imagenet512")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -260,10 +261,14 @@ def load(name, data_dir=None, size=16, patch=4, max_bad=0.01, vae=None, cache_di
         return load_latents(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan)
     if size % patch:
         raise ValueError(f"--size {size} must be a multiple of --patch {patch}")
-    if name == "digits":
+    if name in ("digits", "digits-tune"):
         train, heldout, names, channels = load_digits(size)
-    elif name == "shapes":
-        train, heldout, names, channels = Shapes(20_000, size, 0), Shapes(2_000, size, 10 ** 9), list(SHAPES), 3
+        if name in TUNING:
+            cut = len(train) * 2 // 3                                     # not at random: neighbours may be by one hand
+            train, heldout = (ImageArray(train.images[part], train.labels[part]) for part in (slice(cut), slice(cut, None)))
+    elif name in ("shapes", "shapes-tune"):
+        train, heldout = Shapes(20_000, size, 0), Shapes(2_000, size, 2 * 10 ** 9 if name in TUNING else 10 ** 9)
+        names, channels = list(SHAPES), 3
     elif name == "folder":
         if data_dir is None:
             raise ValueError("--dataset folder needs --data_dir ROOT with ROOT/<class name>/*.png")
@@ -337,7 +342,7 @@ class Planned:
 
 def load_latents(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
     """The Data of a set of latents: from its cache, which is made if it is not there, or from MAR's npz files."""
-    if name in ("digits", "shapes"):
+    if name in ("digits", "shapes", *TUNING):
         raise ValueError(f"--vae is for imagenet256, imagenet512 and folder; {name} is small enough for pixels")
     if vae is None and not plan:
         raise ValueError(f"--dataset {name} trains on latents: it needs --vae kl16.ckpt (and --data_dir <ImageNet>, with train/ and val/, "

@@ -408,14 +408,6 @@ class Real:
         return replace(self, bank=bank, apart=mask if apart else None)
 
 
-    def for_tuning(self):
-        """(the same without the held-out images, m): the first m training images of a class as training split, the others as reference."""
-        m = int(np.bincount(self.train_labels).min()) // 2
-        first = self.place["train"] < m
-        return Real(self.train_images[~first], self.train_labels[~first], train_images=self.train_images[first], train_labels=self.train_labels[first],
-                    place={"heldout": torch.full((int((~first).sum()),), m), "train": self.place["train"][first]}), m
-
-
 def real_images(dataset):
     """The Real of a data set: the first images of every class in the order of `of_class`, MAX_REAL of a split at most.
 

@@ -32,15 +32,15 @@ METHODS = ("none", "sinkhorn", "gaussian", "gaussian+sinkhorn", "mean", "meanvar
 class RefineConfig:
     """What to transport with, how far and how precisely; raises ValueError, in one place, on what makes no sense."""
     method: str = "gaussian+sinkhorn"  # one of METHODS; "gaussian+sinkhorn": the whole Gaussian map, then K Sinkhorn steps
-    K: int = 4                  # JKO steps per AR step (Alg. 1 line 3); 0 leaves every condition bitwise as it is
-    eta: float | tuple = 1.0    # JKO step size, one number or K of them; 0 leaves every condition bitwise as it is
+    K: int = 2                  # JKO steps per AR step (Alg. 1 line 3); 0 leaves every condition bitwise as it is
+    eta: float | tuple = 2.0    # JKO step size, one number or K of them; 0 leaves every condition bitwise as it is
     strength: float = 1.0       # multiplies eta: the dial from diversity to fidelity; gaussian+sinkhorn at 0 is Gaussian only
     reg: float = 0.2            # entropic weight as a fraction of the mean cost between conditions and targets
     lam: float = 0.0            # weight of || c - T^-1(x) ||^2
     m: int = 0                  # targets to keep per group, the first of those given; 0 = all
     debias: bool = True         # subtract the self-transport; False shows the entropic shrinkage of the cloud
     implicit: bool = True       # JKO step: implicit (stable for every eta) or explicit (eta < 1)
-    rank: int = 0               # transport in so many leading principal directions of the targets; 0 = all
+    rank: int | None = None     # transport in so many leading principal directions of the targets; None = a quarter of them, 0 = all
     pooled: bool = False        # one transport problem for all groups instead of one per group
     window: tuple = (0.0, 1.0)  # refine AR step i of N when window[0] <= i / N < window[1]
     n_iter: int = 100           # Sinkhorn iterations, at most
@@ -65,7 +65,8 @@ class RefineConfig:
              "below 1 after `strength` for explicit steps (they diverge); try eta=0.5"),
             (self.reg > 0, "reg", "above 0; try 0.2"),
             (self.lam >= 0, "lam", "at least 0"),
-            (self.m >= 0 and self.rank >= 0, "m and rank", "at least 0 (0 = all)"),
+            (self.m >= 0, "m", "at least 0 (0 = all)"),
+            (self.rank is None or self.rank >= 0, "rank", "at least 0 (0 = all), or None for a quarter"),
             (len(self.window) == 2 and 0 <= self.window[0] <= self.window[1] <= 1, "window", "0 <= first <= last <= 1"),
             (self.n_iter >= 1 and (self.tol is None or self.tol > 0), "n_iter and tol", "n_iter >= 1, tol None or above 0"),
             (0 <= self.shrink, "shrink", "at least 0; try 0.5"),
@@ -85,6 +86,10 @@ class RefineConfig:
             return []
         first = [("gaussian", None)] if self.method == "gaussian+sinkhorn" else []
         return first + [(self.method.split("+")[-1], e * self.strength) for e in etas if e * self.strength > 0]
+
+    def rank_of(self, dim):
+        """In how many of `dim` directions transport happens."""
+        return min(dim, -(-dim // 4) if self.rank is None else self.rank or dim)
 
 
 # ---------------------------------------------------------------------------- entropic optimal transport
@@ -206,7 +211,7 @@ def sinkhorn_self(cost, reg, a=None, h=None, n_iter=50, tol=None):
     """
     a, reg = _weights(a, cost), reg[:, None]
     kernel = (-cost / reg[:, None]).exp_()
-    u = torch.ones_like(a) if h is None else (h / reg).exp()
+    u = torch.ones_like(a) if h is None else (h / reg).clamp(-10, 10).exp()         # h may be that of a far larger reg
     for it in range(n_iter):
         mass = torch.bmm((a * u)[:, None], kernel)[:, 0]                            # (G, n), symmetric: rows = columns
         if tol is not None and it % 5 == 4 and (a * (u * mass - 1).abs()).sum(-1).max() <= tol:
@@ -284,6 +289,7 @@ def _mean_cost(x, y, a, b):
 # ---------------------------------------------------------------------------- maps: fit on clouds, apply to new points
 # fit_*(x (G, n, C), y (G, m, C), a (G, n), b (G, m), cfg, warm) -> state: a dict of tensors (G, ...); `_fit` adds T(x)
 # apply_*(state, c (G, n, C), cfg) -> T(c) (G, n, C), each point on its own: what it returns never depends on the others
+# The caller has moved the origin to the middle of the targets, where squared distances do not cancel.
 
 def fit_sinkhorn(x, y, a, b, cfg, warm=None):
     reg = cfg.reg * _mean_cost(x, y, a, b)
@@ -291,29 +297,33 @@ def fit_sinkhorn(x, y, a, b, cfg, warm=None):
     return {"to": to, "x": x, "a": a, "y": y, "b": b, "reg": reg} | {name: pot[name] for name in ("g", "h") if name in pot}
 
 
+def freeze_sinkhorn(s):
+    """All of a state of `fit_sinkhorn` that `apply_sinkhorn` needs: the points, and what does not depend on c."""
+    reg = s["reg"][:, None]
+    bias = lambda h, y, w: (h - y.square().sum(-1)) / reg + w.log()                 # (h_l - |y_l|^2) / reg + log w_l (G, n)
+    frozen = {"y": s["y"], "bias_y": bias(s["g"], s["y"], s["b"]), "reg": s["reg"]}
+    if "h" in s:
+        frozen |= {"x": s["x"], "bias_x": bias(s["h"], s["x"], s["a"]), "n": (s["a"] > 0).sum(-1).to(reg)}
+    return frozen
+
+
 def apply_sinkhorn(s, c, cfg):
     # CHOICE(coupling): frozen mode evaluates the entropic maps out of sample: every image is
     # refined alone, by what calibration kept; alternative: the literal batch-coupled solve; `bind(group, coupled=True)`
-    kernel, _ = _log_kernel(c, s["y"], s["g"], s["reg"], s["b"])
-    to = torch.bmm(kernel.softmax(-1), s["y"])
-    if not cfg.debias:
+    s = freeze_sinkhorn(s) if "g" in s else s
+    scaled = c * (2 / s["reg"])[:, None, None]                                      # 2 c y / reg - |c|^2 / reg + bias = log of the kernel
+    to = torch.bmm(torch.baddbmm(s["bias_y"][:, None], scaled, s["y"].mT).softmax(-1), s["y"])
+    if "x" not in s:
         return to
     # T_cc(c): the self-transport of the calibration cloud with c added. a exp(2 h / reg) <= 1 bounds the exponentials
     # by sqrt(n), so nothing overflows; far from the cloud they vanish, u -> sqrt(n + 1) and T_cc(c) -> c.
-    n = (s["a"] > 0).sum(-1)[:, None, None]                                         # (G, 1, 1)
-    kernel, row = _log_kernel(c, s["x"], s["h"], s["reg"], s["a"])
-    e = kernel.add_(row + n.to(row).log()).exp_()
+    n = s["n"][:, None, None]                                                       # (G, 1, 1)
+    row = n.log() - (c * scaled).sum(-1, keepdim=True) / 2
+    e = torch.baddbmm(s["bias_x"][:, None], scaled, s["x"].mT).add_(row).exp_()
     total = e.sum(-1, keepdim=True)                                                 # (G, n, 1)
     u = 2 * (n + 1) / (total + (total.square() + 4 * (n + 1)).sqrt())               # solves u (total + u) = n + 1
-    return c + to - (torch.bmm(e, s["x"]) + u * c) / (total + u)
-
-
-def _log_kernel(c, y, h, reg, w):
-    """(h_l - || c_j - y_l ||^2) / reg + log w_l as a sum of two: (G, n, m), one matrix product, and a term of the row (G, n, 1)."""
-    center = y.mean(1, keepdim=True)                                                # as in sq_cost
-    c, y, reg = c - center, y - center, reg[:, None, None]
-    column = (h[:, None] - y.square().sum(-1)[:, None]) / reg + w.log()[:, None]
-    return torch.baddbmm(column, c * (2 / reg), y.mT), -c.square().sum(-1, keepdim=True) / reg
+    # c + to - (e x + u c) / (total + u), and c - u c / (total + u) = c total / (total + u)
+    return to + (c * total - torch.bmm(e, s["x"])) / (total + u)
 
 
 def fit_gaussian(x, y, a, b, cfg, warm=None):
@@ -425,7 +435,10 @@ def fit(x, y, cfg, a=None, b=None, method=None):
     _check_cloud("targets", y, b)
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"conditions {tuple(x.shape)} and targets {tuple(y.shape)} must agree in groups and dimension")
-    return _fit(method or cfg.method, x, y, _weights(a, x), _weights(b, y), cfg)
+    a, b = _weights(a, x), _weights(b, y)
+    origin = (b[..., None] * y).sum(1, keepdim=True)                                # (G, 1, C), the middle of the targets
+    to, state = _fit(method or cfg.method, x - origin, y - origin, a, b, cfg)
+    return to + origin, state | {"origin": origin}
 
 
 @_precise
@@ -433,7 +446,8 @@ def apply(c, state, group, cfg, method=None):
     """T(c) for new conditions c (B, C) of groups `group` (B,), each on its own, by a state of `fit`."""
     rows = _Rows(group)
     state = {name: v[rows.present] for name, v in state.items()}
-    return rows.back(MAPS[method or cfg.method][1](state, rows.pad(c[:, None]), cfg), 1)[:, 0]
+    origin = state.pop("origin")
+    return rows.back(MAPS[method or cfg.method][1](state, rows.pad(c[:, None]) - origin, cfg) + origin, 1)[:, 0]
 
 
 def _check_cloud(name, x, w):
@@ -521,10 +535,12 @@ class Refiner:
     # CHOICE(guidance): the caller passes conditional rows only: null conditions have no ideal distribution by class;
     # alternative: a group for the null class; the caller's choice of rows
 
+    LAYOUT = 2                                  # of state_dict: a file of another one has to be calibrated anew
+
     def __init__(self, targets, cfg, weights=None):
         self.cfg, self.trace = cfg, None        # trace: set to a list, and coupled steps append what plots need
         self.n_steps = len(targets)
-        self.targets, self.basis = {}, {}
+        self.targets, self.basis, self.origin = {}, {}, {}
         store = getattr(torch, cfg.store)
         for i, y in enumerate(targets):
             if y is None or not cfg.window[0] <= i / self.n_steps < cfg.window[1] or not cfg.stages():
@@ -536,14 +552,17 @@ class Refiner:
             self.weights = ones if weights is None else weights[:, :y.shape[2]].float()
             _check_cloud(f"targets of step {i}", y.flatten(1, 2), None if weights is None else self.weights)
             y = y if y.dtype == torch.float64 else y.float()
-            if cfg.rank:
+            if cfg.rank_of(y.shape[-1]) < y.shape[-1]:
                 # CHOICE(space): transport in the leading principal directions of the step's targets, the complement is
-                # left untouched: memory falls by C / rank; alternative: all directions; cfg.rank=0
-                self.basis[i] = _principal(y, self.weights, cfg.rank)
-                y = (y - self.basis[i][0]) @ self.basis[i][1]
+                # left untouched: as good as all, memory and time fall; alternative: all directions; cfg.rank=0
+                self.basis[i] = _principal(y, self.weights, cfg.rank_of(y.shape[-1]))
+                y = y @ self.basis[i]
             # CHOICE(pooling): one problem per group, or one for all (a condition holds its class; needs a smaller reg);
             # alternative: pooled clouds, for many classes; cfg.pooled
             y = y.transpose(0, 1).flatten(1, 2)[None] if cfg.pooled else y          # (G, P, m, C) or (1, P, G m, C)
+            w = self.weights.view(len(y), 1, -1, 1).to(y)
+            self.origin[i] = (w * y).sum(2, keepdim=True) / w.sum(2, keepdim=True)  # (G, P, 1, C): distances cancel far from the origin
+            y = (y - self.origin[i]) * (w > 0)
             self.targets[i] = y if y.dtype == torch.float64 else y.to(store)
             _check_cloud(f"targets of step {i} as {cfg.store}", self.targets[i], None)
         self.states = {}                        # {i: [state of stage k]}, filled by calibrate
@@ -608,14 +627,16 @@ class Refiner:
         cfg, slots, dtype = self.cfg, c.shape[1], torch.float64 if c.dtype == torch.float64 else torch.float32
         present = lambda v: v if len(rows.present) == len(v) else v[rows.present]   # a copy only where groups are missing
         y = present(self.targets[i]).flatten(0, 1).to(dtype)                        # (G' P, m, r)
-        if c.ndim != 3 or slots != self.targets[i].shape[1] or (not cfg.rank and c.shape[-1] != y.shape[-1]):
-            raise ValueError(f"step {i}: conditions {tuple(c.shape)}, expected (B, {self.targets[i].shape[1]}, C) as in the targets")
+        axes = self.basis.get(i)                                                    # (C, r), or None
+        dim = y.shape[-1] if axes is None else len(axes)
+        if c.ndim != 3 or c.shape[1:] != (self.targets[i].shape[1], dim):
+            raise ValueError(f"step {i}: conditions {tuple(c.shape)}, expected (B, {self.targets[i].shape[1]}, {dim}) as in the targets")
         if cfg.lam > 0 and inverse is None:
             raise ValueError(f"lam={cfg.lam} needs inverse=, a function c -> T^-1(x_hat(c)); or set lam=0")
         with _exact(c):
-            full, (mean, axes) = c.to(dtype), self.basis.get(i, (0, None))
-            down = lambda v: rows.pad(v if axes is None else (v - mean.to(dtype)) @ axes.to(dtype))
-            up = lambda v: v if axes is None else full + (v - low) @ axes.to(dtype).mT
+            full, origin = c.to(dtype), present(self.origin[i]).flatten(0, 1).to(dtype)
+            down = lambda v: rows.pad(v if axes is None else v @ axes.to(dtype)) - origin
+            up = lambda v: full + (v - low if axes is None else (v - low) @ axes.to(dtype).mT)
             z = down(full)                                                          # (G' P, n, r)
             low = rows.back(z, slots)
             a, b = rows.weight.to(dtype).repeat_interleave(slots, 0), b.to(dtype).repeat_interleave(slots, 0)
@@ -633,16 +654,17 @@ class Refiner:
                     if mode == "record" or k == 0:
                         _check_cloud(f"conditions of step {i}", z, None)
                     to, state = _fit(method, z, y, a, b, cfg, state)                # line 7
-                    self._note(i, k, mode, rows, slots, state, z, to, ideal, y, a, b)
+                    self._note(i, k, mode, rows, slots, state, z, to, ideal, y, a, b, origin)
                 z = jko_step(z, to, eta, cfg.lam, ideal, cfg.implicit)              # line 8
             out = up(rows.back(z, slots)).to(c.dtype)
         if mode == "record":
             self.done.setdefault(i, torch.zeros(len(self.targets[i]), dtype=torch.bool, device=c.device))[rows.present] = True
         return out if keep is None else torch.where(keep, c, out)
 
-    def _note(self, i, k, mode, rows, slots, state, z, to, ideal, y, a, b):
+    def _note(self, i, k, mode, rows, slots, state, z, to, ideal, y, a, b, origin):
         """Record one fitted stage for frozen mode ("record") and for plots (`trace`)."""
         if mode == "record":
+            state = freeze_sinkhorn(state) if "g" in state else state
             stages = self.states.setdefault(i, [])
             if len(stages) == k:
                 stages.append({})
@@ -651,14 +673,14 @@ class Refiner:
                     continue
                 v = v.unflatten(0, (-1, slots)).to(getattr(torch, self.cfg.store) if name == "x" else v.dtype)
                 old = stages[k].get(name, v.new_zeros(len(self.targets[i]), *v.shape[1:]))
-                if name in ("x", "a", "h"):     # (G, P, n, ...): chunks may differ in n
-                    pad = lambda t, n: F.pad(t, [0, 0] * (t.ndim - 3) + [0, n - t.shape[2]])
+                if name in ("x", "bias_x"):     # (G, P, n, ...): chunks may differ in n
+                    pad = lambda t, n: F.pad(t, [0, 0] * (t.ndim - 3) + [0, n - t.shape[2]], value=0 if name == "x" else -torch.inf)
                     width = max(old.shape[2], v.shape[2])
                     old, v = pad(old, width), pad(v, width)
                 old[rows.present] = v
                 stages[k][name] = old
         if self.trace is not None:
-            entry = {"i": i, "k": k, "c": z, "target": y, "to": to, "weight": a, "state": state}
+            entry = {"i": i, "k": k, "c": z + origin, "target": y + origin, "to": to + origin, "weight": a, "state": state}
             entry["divergence"] = energy(z, y, self.cfg.reg, w=a, b=b, tol=1e-3)
             entry["energy"] = energy(z, y, self.cfg.reg, self.cfg.lam, ideal, a, b, tol=1e-3)
             self.trace.append(entry)
@@ -670,7 +692,7 @@ class Refiner:
 
     def state_dict(self):
         """Plain dict of tensors, numbers and strings: torch.save it, torch.load(weights_only=True) it."""
-        return {"cfg": asdict(self.cfg), "n_steps": self.n_steps, "targets": self.targets, "basis": self.basis,
+        return {"cfg": asdict(self.cfg), "n_steps": self.n_steps, "targets": self.targets, "basis": self.basis, "origin": self.origin,
                 "weights": getattr(self, "weights", None), "states": self.states, "done": self.done}
 
     @classmethod
@@ -678,17 +700,17 @@ class Refiner:
         """The refiner of a state_dict, calibrated as it was."""
         self = cls([], RefineConfig(**saved["cfg"]))
         self.n_steps, self.weights = saved["n_steps"], saved["weights"]
-        self.targets, self.basis, self.states, self.done = (saved[n] for n in ("targets", "basis", "states", "done"))
+        for name in ("targets", "basis", "origin", "states", "done"):
+            setattr(self, name, saved[name])
         return self
 
 
 def _principal(y, w, rank):
-    """Mean (C,) and the `rank` leading principal axes (C, r) of targets y (G, P, m, C) with weights w (G, m)."""
+    """The `rank` leading principal axes (C, r) of targets y (G, P, m, C) with weights w (G, m), all groups and slots in one cloud."""
     w = (w / w.sum())[:, None, :, None].to(y)
-    mean = (w * y).sum((0, 2)).mean(0)
-    y = y - mean
+    y = y - (w * y).sum((0, 2)).mean(0)
     cov = torch.einsum("gpmc,gpmd->cd", (w * y).double(), y.double())
-    return mean, torch.linalg.eigh(cov)[1][:, -min(rank, y.shape[-1]):].flip(-1).to(y)
+    return torch.linalg.eigh(cov)[1][:, -rank:].flip(-1).to(y)
 
 
 class ConditionBuffer(nn.Module):

@@ -47,14 +47,14 @@ class Recipe:
     inverse: str = "one"                # x_hat for T^-1, only if refine.lam > 0: "one" evaluation or a "full" trajectory
     orders: int = 0                     # mar: size of the pool of generation orders; 0: a fresh one for each image
     target: str = "teacher"             # P_c*: conditions of real images, or the "buffer" collected in training
-    m: int = 500                        # reference images per class, at most
+    m: int = 1000                       # reference images per class, at most
     ref_split: str = "train"
-    n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: as many as targets, at least 200
+    n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: twice as many as targets, at least 200
     cfg_skip: float = 0.0               # no null branch in the head (mar: at all) where the guidance scale is within this of 1
 
     def calibration_images(self, m):
         """Images per class and order that calibrate frozen mode with m targets."""
-        return self.n_cal or max(200, m)
+        return self.n_cal or max(200, 2 * m)
 
     @property
     def refined(self):
@@ -96,8 +96,11 @@ class Drawer:
             targets, weights = ideal_conditions(self.model, tokens_of, self.classes, self.recipe.m, self.pool, self.recipe.num_iter)
         self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights), True
 
-    def calibrate(self, tokens_of, batch_size=1000, progress=iter):
-        """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own; returns the images per group."""
+    def calibrate(self, tokens_of, batch_size=1000, progress=iter, seed=0):
+        """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own; returns the images per group.
+
+        seed: of the noise, which is never that of an image.
+        """
         self.set_targets(tokens_of)
         S, n = max(self.recipe.orders, 1), self.recipe.calibration_images(self.refiner.weights.shape[1] if self.refiner.targets else 0)
         group = torch.arange(len(self.classes) * S).repeat_interleave(n)
@@ -106,7 +109,7 @@ class Drawer:
         together = len(group) if self.recipe.refine.pooled else max(1, batch_size // n) * n  # pooled: one problem for all groups
         for part in progress(torch.arange(len(group)).split(together)):
             refine = self.refiner.calibrate(group[part].to(self.device))
-            self._draw(y[part], index[part].tolist(), -1, group[part] % S, refine)          # seed -1: noise that no --seed draws
+            self._draw(y[part], index[part].tolist(), -1 - seed, group[part] % S, refine)   # negative: noise that no --seed draws
         self.coupled = False
         return n
 
@@ -199,12 +202,12 @@ def reference_tokens(facts, split, data_dir=None, vae=None, cache_dir=None):
 def refinement_bytes(model, recipe):
     """(bytes per class that a calibrated Refiner holds, bytes per class at the peak, while targets are whole conditions).
 
-    Per token, order and class: m targets of rank r; a Sinkhorn stage keeps n_cal particles and the potentials, a
-    Gaussian stage a matrix. The peak: all conditions (m, N, C) in fp32, twice while they are sorted by AR step.
+    Per token, order and class: m targets of rank r; a Sinkhorn stage keeps n_cal particles and a number
+    for each of both, a Gaussian stage a matrix. The peak: all conditions (m, N, C) in fp32, twice while they are sorted by AR step.
     """
     refine, cfg, m, n = recipe.refine, model.cfg, recipe.m, recipe.calibration_images(recipe.m)
-    r, unit = min(refine.rank or cfg.n_embd, cfg.n_embd), torch.finfo(getattr(torch, refine.store)).bits // 8
-    state = {"sinkhorn": n * (r * unit + 8) + 8 * m + 4, "gaussian": 4 * (r * r + 2 * r), "mean": 12 * r, "meanvar": 12 * r, "ema": 4 * r, "knn": 4 * m}
+    r, unit = refine.rank_of(cfg.n_embd), torch.finfo(getattr(torch, refine.store)).bits // 8
+    state = {"sinkhorn": n * (r * unit + 4) + 4 * m + 8, "gaussian": 4 * (r * r + 2 * r), "mean": 12 * r, "meanvar": 12 * r, "ema": 4 * r, "knn": 4 * m}
     held = sum(b - a for a, b in model.chain(recipe.num_iter)[1:]) * (m * r * unit + sum(state[name] for name, _ in refine.stages()))
     orders = max(recipe.orders, 1)
     return orders * held, orders * (held + 8 * m * cfg.n_tokens * cfg.n_embd)
@@ -251,16 +254,16 @@ def add_drawing_flags(p):
     r.add_argument("--reg", type=number(float, 1e-6), help="entropic weight over the mean cost")
     r.add_argument("--lam", type=number(float, 0), help="weight of the inverse-process term")
     r.add_argument("--inverse", choices=("one", "full"), default="one", help="x_hat for T^-1: one evaluation, or a whole trajectory")
-    r.add_argument("--rank", type=number(int, 0), help="transport in so many principal directions, 0 = all")
+    r.add_argument("--rank", type=number(int, 0), help="transport in so many principal directions, 0 = all (default: a quarter)")
     r.add_argument("--pooled", action="store_true", default=None, help="one transport problem for all classes")
     r.add_argument("--biased", dest="debias", action="store_false", default=None, help="entropic map without debiasing")
     r.add_argument("--explicit", dest="implicit", action="store_false", default=None, help="explicit instead of implicit JKO steps")
     r.add_argument("--coupled", action="store_true", help="literal Algorithm 1: plans between the images of a batch")
     r.add_argument("--target", choices=("teacher", "buffer"), default="teacher",
                    help="ideal conditions: those of real images, or those that training met last (needs train.py --buffer)")
-    r.add_argument("--m", type=number(int, 1), default=500, help="reference images per class, at most")
+    r.add_argument("--m", type=number(int, 1), default=1000, help="reference images per class, at most")
     r.add_argument("--ref_split", choices=("train", "heldout"), default="train", help="where reference images come from")
-    r.add_argument("--n_cal", type=number(int, 8), default=0, help="images per class (and order) that calibrate frozen mode (default: as many as reference images, at least 200)")
+    r.add_argument("--n_cal", type=number(int, 8), default=0, help="images per class (and order) that calibrate frozen mode (default: twice as many as reference images, at least 200)")
     r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, 0 = a fresh one per image "
                    "(default: 1 with refinement, else 0)")
     r.add_argument("--data_dir", help="folder and imagenet: where the reference images are (default: as in training)")
@@ -337,7 +340,7 @@ def prepare_refinement(drawer, args, state, path, tokens_of=None, keep=True):
         return drawer.set_targets(tokens_of)
     file = path.parent / "refine.pt"
     weights = hashlib.sha256(b"".join(v.flatten()[:4096].cpu().numpy().tobytes() for v in state["ema"].values()))
-    made_for = {"checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes, **asdict(drawer.recipe)}
+    made_for = {"layout": Refiner.LAYOUT, "checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes, **asdict(drawer.recipe)}
     made_for = json.loads(json.dumps(made_for))                                         # tuples become lists, as when read back
     if keep and file.exists():
         saved = torch.load(file, map_location=drawer.device, weights_only=True)

@@ -1021,7 +1021,7 @@ def weighted(G, n, seed):
 
 
 def cfg(**kw):
-    return RefineConfig(**({"method": "sinkhorn", "K": 3, "eta": .5, "reg": .1, "n_iter": 2000, "tol": 1e-9} | kw))
+    return RefineConfig(**({"method": "sinkhorn", "K": 3, "eta": .5, "reg": .1, "rank": 0, "n_iter": 2000, "tol": 1e-9} | kw))
 
 
 def ot_map(x, y):
@@ -1321,7 +1321,7 @@ def test_nothing_to_do_returns_the_conditions_bitwise(off, coupled):
 
 
 @pytest.mark.parametrize("method", R.METHODS)
-@pytest.mark.parametrize("pooled,rank,P", [(False, 0, 1), (True, 0, 1), (False, 3, 2), (True, 3, 2)])
+@pytest.mark.parametrize("pooled,rank,P", [(False, 0, 1), (True, 0, 1), (False, 3, 2), (True, 3, 2), (False, None, 1)])
 def test_every_method_runs_coupled_and_frozen_and_keeps_shape(method, pooled, rank, P):
     refiner, group, c = make_refiner(P=P, method=method, pooled=pooled, rank=rank, K=2)
     out = refiner.bind(group, coupled=True)(1, c)
@@ -1343,11 +1343,12 @@ def test_coupled_groups_and_slots_are_separate_problems():
     keep[(group == 1).nonzero()[:7, 0]] = False                                         # unequal group sizes
     group, c = group[keep], c[keep]
     out = refiner.bind(group, coupled=True)(0, c)
+    target = refiner.targets[0] + refiner.origin[0]
     for y in range(3):
         for p in range(2):
             z = c[group == y, p][None]
             for k in range(3):
-                z = R.jko_step(z, R.fit(z, refiner.targets[0][y:y + 1, p], refiner.cfg)[0], .5)
+                z = R.jko_step(z, R.fit(z, target[y:y + 1, p], refiner.cfg)[0], .5)
             assert (out[group == y, p] - z[0]).abs().max() < 1e-6, (y, p)               # 1e-10 stops at other iterations
 
 
@@ -1386,13 +1387,21 @@ def test_state_survives_saving_and_half_storage(tmp_path):
         assert (out - reference).abs().max() < .05, (out - reference).abs().max()
 
 
+def test_a_cloud_that_reaches_its_one_target_within_a_step_stays_finite():
+    refiner = Refiner([None, torch.zeros(1, 1, 20, 4)], RefineConfig(method="sinkhorn", K=3, eta=100., rank=0))
+    c = torch.randn(30, 1, 4, generator=torch.Generator().manual_seed(0))
+    for refine in (refiner.bind(torch.zeros(30, dtype=torch.long), coupled=True), frozen(refiner, torch.zeros(30, dtype=torch.long), c)):
+        assert refine(1, c).abs().max() < .01 * c.abs().max()                           # reg falls a thousandfold from k to k + 1
+
+
 def test_low_rank_leaves_the_complement_untouched():
     refiner, group, c = make_refiner(rank=2)
     out = refiner.bind(group, coupled=True)(0, c)
-    mean, axes = refiner.basis[0]
+    axes = refiner.basis[0]
     moved = (out - c)[:, 0]
     assert (moved - moved @ axes @ axes.T).abs().max() < 1e-5 and moved.abs().max() > .1    # fp32, values up to 10
     assert (axes.T @ axes - torch.eye(2)).abs().max() < 1e-5
+    assert [RefineConfig(rank=r).rank_of(d) for r, d in ((None, 64), (None, 6), (0, 64), (5, 64), (80, 64))] == [16, 2, 64, 5, 64]
 
 
 def test_pooled_targets_follow_the_class_shares_of_the_batch():

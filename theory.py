@@ -414,7 +414,7 @@ def flow(s, i):
     same number of both, so that an exact map could bring W2 to 0."""
     n = min(s.plain.c.shape[1], s.reference.c.shape[1])
     c, target = s.plain.c[:, :n, i], s.reference.c[:, :n, i]
-    refiner = Refiner([None] * i + [target[:, None]], RefineConfig(method="sinkhorn", K=K, eta=ETA, n_iter=1000, min_particles=1))
+    refiner = Refiner([None] * i + [target[:, None]], RefineConfig(method="sinkhorn", K=K, eta=ETA, rank=0, n_iter=1000, min_particles=1))
     refiner.trace = []
     last = refiner.bind(torch.arange(len(c)).repeat_interleave(n), coupled=True)(i, c.flatten(0, 1)[:, None])
     return torch.stack([note["c"] for note in refiner.trace] + [last.view_as(c)]), target

@@ -37,7 +37,8 @@ SMALL = dict(model="gpt-tiny", steps=2400, global_batch=64, lr=2e-3, lr_schedule
              ema_decay=0.999, weight_decay=0.02, optimizer="muon", size=16, patch=4, eval_every=400)
 IMAGENET = dict(model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4, lr_schedule="constant", warmup=62_500,
                 ema_decay=0.9999, weight_decay=0.02, optimizer="adamw", patch=1, eval_every=5000)
-DEFAULTS = {"digits": SMALL, "shapes": {**SMALL, "diffusion_batch_mul": 4}, "folder": SMALL,
+SHAPES = {**SMALL, "diffusion_batch_mul": 4}
+DEFAULTS = {"digits": SMALL, "digits-tune": SMALL, "shapes": SHAPES, "shapes-tune": SHAPES, "folder": SMALL,
             "imagenet256": {**IMAGENET, "size": 256}, "imagenet512": {**IMAGENET, "size": 512}}
 LATENT = dict(size=256, patch=1)                 # any folder with a VAE
 
