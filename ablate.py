@@ -107,7 +107,7 @@ STEPS = {"ddpm": ((10, 25), (6, 100)), "ddim": ((), (10, 100)), "dpm++": ((6, 10
 def curves(full):
     """The rows that vary one thing; values in the default of the others, such as K = 1, cost nothing again."""
     rows = [Row(axis, str(v), "ar", recipe(v), x=v) for axis, (quick, more, recipe) in SWEEPS.items() for v in sorted(quick + more * full)]
-    rows += [Row("calibration", f"noise {s}", "ar", refined(), calibration=s) for s in range(5) if full]
+    rows += [Row("calibration", f"calibration {s}", "ar", refined(), calibration=s) for s in range(5) if full]
     rows += [Row("classes per batch", str(v), "ar", refined(), True, v, mixed=v) for v in ((1, 2, 5, 10) if full else (1, 5))]
     for v in (1.0, 1.25, 1.5, 2.0, 3.0) if full else (1.0, 1.5):
         rows += [Row("guidance", f"{v:g} none", "ar", Recipe(cfg_scale=v), x=v, line="none"),

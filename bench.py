@@ -318,7 +318,7 @@ class Bench:
                     "this": lambda: training.train_step(0, model, model, ema, ours, data, args, world)}
             self.compare("train", f"{name}, batch {batch}", step, self.runs if "tiny" in name else 2, images=batch, flops=training_flops(cfg) * batch)
 
-    def sinkhorn(self, cases=((64, 64, 64), (256, 256, 768), (200, 1000, 768), (1024, 1024, 1280))):
+    def sinkhorn(self, cases=((64, 64, 64), (256, 256, 768), (200, 1000, 768), (1024, 1024, 1280), (4096, 4096, 64))):
         """A transport plan, 100 iterations in fp32 from the cost matrix: POT's log-domain solvers against ours."""
         import ot
         for n, m, dim in cases:
@@ -371,7 +371,7 @@ class Bench:
             self.add("refine", f"MAR-B's width, {mode}: share of an AR step", t, note=f"{t / whole[0]:.2%} at 100 steps, {t / whole[1]:.2%} at 10")
 
     def memory(self, cases=(("gpt-tiny", 64), ("mar-tiny", 64), ("cdm-tiny", 64), ("mar-b", 1))):
-        """Peak of two training steps in a process of its own against plan.py's estimate; growth over 1000 steps."""
+        """Peaks of two training steps and of sampling, in processes of their own, against estimates; growth over 1000 steps."""
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
             for name, batch in cases:
                 options = {"grid": 4} if "tiny" in name else {}
@@ -379,6 +379,8 @@ class Bench:
                 _, weights, kept = memory_estimate(same, batch)
                 peak, _ = pool.apply(training_memory, (name, batch, options, 2))
                 self.add("memory", f"{name}, training, batch {batch}", peak=peak, note=f"estimated {(weights + kept) / 2**30:.2f} GiB")
+                peak, held = pool.apply(sampling_memory, (name, batch, options))
+                self.add("memory", f"{name}, sampling, batch {batch}, guided", peak=peak, note=f"estimated {held / 2**30:.2f} GiB")
             _, growth = pool.apply(training_memory, ("gpt-tiny", 8, {"grid": 4}, 1000))
             self.add("memory", "gpt-tiny, steps 100 to 1000", note=f"grew by {growth / 2**20:.1f} MiB")
 
@@ -391,23 +393,38 @@ class Bench:
         self.train((("mar-l", 64, {}),))
 
 
+def process_bytes():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
 def training_memory(name, batch, options, steps):
     """(bytes of the peak above the imports, bytes by which the process grew between step 100 and the last)."""
-    def now():
-        with open("/proc/self/statm") as f:
-            return int(f.read().split()[1]) * resource.getpagesize()
     torch.set_num_threads(1)
-    began, marks = now(), []
+    began, marks = process_bytes(), []
     bench = SimpleNamespace(device=torch.device("cpu"), runs=steps, model=lambda name, **o: build(preset(name, **o)))
 
     def repeat(bench_name, what, fns, *_, **__):
         for k in range(steps):
             fns["this"]()
             if k == 100:
-                marks.append(now())
+                marks.append(process_bytes())
     bench.compare = repeat
     Bench.train(bench, ((name, batch, options),))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began, now() - (marks or [now()])[0]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began, process_bytes() - (marks or [process_bytes()])[0]
+
+
+def sampling_memory(name, batch, options):
+    """(bytes of the peak above the imports, guided, 4 head steps, mar 2 AR steps; an estimate: the weights, and the keys and
+    values of all layers (ar) or the hidden states, queries, keys, values and MLP of one layer (mar, cdm))."""
+    torch.set_num_threads(1)
+    began = process_bytes()
+    model = build(preset(name, num_classes=10, inverse=False, buffer=0, **options)).eval()
+    cfg, few = model.cfg, {"num_iter": 2} if "mar" in name else {}
+    with torch.no_grad():
+        model.generate(torch.arange(batch) % 10, ImageNoise(0, range(batch), "cpu"), Sampler("ddpm", 4, x0_bound=1.0), cfg_scale=3.0, **few)
+    held = 4 * model.num_params + 4 * 2 * batch * cfg.n_tokens * cfg.n_embd * (2 * cfg.n_layer if cfg.kind == "ar" else 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - began, held
 
 
 QUICK = ("tiny", "mar", "head", "train", "sinkhorn")
