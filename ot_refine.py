@@ -518,7 +518,9 @@ class Refiner:
 
     targets: a list over AR steps of (G, P_i, m, C), ideal conditions of G groups (a class, or a class and an order) in
     the P_i token slots of the step (1 for AR, several for MAR), or None at a step that is not to be refined (the first
-    step of a chain has no sampled context, hence no error). weights (G, m): zero where a group has fewer than m.
+    step of a chain has no sampled context, hence no error). weights (G, m): zero where a group has fewer than m. axes: a
+    list over AR steps of (C, r), the directions to transport in if cfg.rank asks for some; default: `principal_axes` of
+    the targets, so that a group's map depends on the other groups that are there.
 
         refiner = Refiner(targets, cfg)
         refine = refiner.calibrate(group)           # run a chain with it: refined, and what it needs is recorded
@@ -537,7 +539,7 @@ class Refiner:
 
     LAYOUT = 2                                  # of state_dict: a file of another one has to be calibrated anew
 
-    def __init__(self, targets, cfg, weights=None):
+    def __init__(self, targets, cfg, weights=None, axes=None):
         self.cfg, self.trace = cfg, None        # trace: set to a list, and coupled steps append what plots need
         self.n_steps = len(targets)
         self.targets, self.basis, self.origin = {}, {}, {}
@@ -555,7 +557,7 @@ class Refiner:
             if cfg.rank_of(y.shape[-1]) < y.shape[-1]:
                 # CHOICE(space): transport in the leading principal directions of the step's targets, the complement is
                 # left untouched: as good as all, memory and time fall; alternative: all directions; cfg.rank=0
-                self.basis[i] = _principal(y, self.weights, cfg.rank_of(y.shape[-1]))
+                self.basis[i] = principal_axes(y, self.weights, cfg.rank_of(y.shape[-1])) if axes is None else axes[i]
                 y = y @ self.basis[i]
             # CHOICE(pooling): one problem per group, or one for all (a condition holds its class; needs a smaller reg);
             # alternative: pooled clouds, for many classes; cfg.pooled
@@ -705,7 +707,7 @@ class Refiner:
         return self
 
 
-def _principal(y, w, rank):
+def principal_axes(y, w, rank):
     """The `rank` leading principal axes (C, r) of targets y (G, P, m, C) with weights w (G, m), all groups and slots in one cloud."""
     w = (w / w.sum())[:, None, :, None].to(y)
     y = y - (w * y).sum((0, 2)).mean(0)

@@ -33,7 +33,7 @@ import data as datasets
 from data import Parser, centre_crop, image_grid, number, patchify, run, to_uint8, unpatchify
 from diffloss import SOLVERS, ImageNoise, Sampler
 from model import amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint, set_threads
-from ot_refine import METHODS, RefineConfig, Refiner
+from ot_refine import METHODS, RefineConfig, Refiner, principal_axes
 
 
 @dataclass
@@ -59,6 +59,9 @@ class Recipe:
     @property
     def refined(self):
         return bool(self.refine.stages())
+
+
+SPREAD = 512            # reference images that the directions of a low-rank refinement are taken from
 
 
 class Drawer:
@@ -90,11 +93,18 @@ class Drawer:
 
     def set_targets(self, tokens_of):
         """Particles of P_c* for every class, order and AR step. tokens_of(y, m) -> (<= m, N, D) of real images."""
+        rank, C, K, axes = self.recipe.refine.rank_of(self.model.cfg.n_embd), self.model.cfg.n_embd, self.model.cfg.num_classes, None
+        if self.recipe.refined and rank < C:  # of images of all classes, so that a class is refined alike beside any others
+            few = range(0, K, -(-K // SPREAD))
+            axes = [y if y is None else principal_axes(y, w, rank) for ys, w in [self._particles(tokens_of, few, SPREAD // len(few))] for y in ys]
+        targets, weights = self._particles(tokens_of, self.classes, self.recipe.m)
+        self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights, axes), True
+
+    def _particles(self, tokens_of, classes, m):
         if self.recipe.target == "buffer":
-            targets, weights = buffered_conditions(self.model, self.classes, self.pool, self.recipe.num_iter), None
-        else:
-            targets, weights = ideal_conditions(self.model, tokens_of, self.classes, self.recipe.m, self.pool, self.recipe.num_iter)
-        self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights), True
+            targets = buffered_conditions(self.model, classes, self.pool, self.recipe.num_iter)
+            return targets, torch.ones(targets[-1].shape[0], targets[-1].shape[2], device=self.device)
+        return ideal_conditions(self.model, tokens_of, classes, m, self.pool, self.recipe.num_iter)
 
     def calibrate(self, tokens_of, batch_size=1000, progress=iter, seed=0):
         """Run the chain once, coupled, and keep what frozen mode needs to refine each image on its own; returns the images per group.
