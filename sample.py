@@ -94,9 +94,11 @@ class Drawer:
     def set_targets(self, tokens_of):
         """Particles of P_c* for every class, order and AR step. tokens_of(y, m) -> (<= m, N, D) of real images."""
         rank, C, K, axes = self.recipe.refine.rank_of(self.model.cfg.n_embd), self.model.cfg.n_embd, self.model.cfg.num_classes, None
-        if self.recipe.refined and rank < C:  # of images of all classes, so that a class is refined alike beside any others
-            few = range(0, K, -(-K // SPREAD))
-            axes = [y if y is None else principal_axes(y, w, rank) for ys, w in [self._particles(tokens_of, few, SPREAD // len(few))] for y in ys]
+        if self.recipe.refined and rank < C:  # of all classes that have images, so that a class is refined alike beside any others
+            some = [y for y in range(K) if self.recipe.target == "buffer" or len(tokens_of(y, 1))]
+            some = some[::-(-len(some) // SPREAD) or 1] or self.classes
+            particles, weights = self._particles(tokens_of, some, -(-SPREAD // len(some)))
+            axes = [y if y is None else principal_axes(y, weights, rank) for y in particles]
         targets, weights = self._particles(tokens_of, self.classes, self.recipe.m)
         self.refiner, self.coupled = Refiner(targets, self.recipe.refine, weights, axes), True
 
@@ -206,7 +208,11 @@ def reference_tokens(facts, split, data_dir=None, vae=None, cache_dir=None):
         raise ValueError(f"the reference images are of {len(dataset.class_names)} classes ({dataset.class_names[0]} ...), the checkpoint of "
                          f"{len(facts['class_names'])} ({facts['class_names'][0]} ...); give the --data_dir or --cache_dir of its training")
     images = getattr(dataset, split)
-    return lambda y, m: patchify(images.batch(images.of_class(y, m))[0], facts["patch"])
+
+    def tokens_of(y, m):
+        index = images.of_class(y, m)
+        return patchify(images.batch(index)[0], facts["patch"]) if len(index) else torch.empty(0)
+    return tokens_of
 
 
 def refinement_bytes(model, recipe):
