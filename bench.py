@@ -343,7 +343,7 @@ class Bench:
             tokens_of = lambda y, m: torch.randn(m, 16, 16, generator=torch.Generator().manual_seed(y)).clamp(-1, 1)
             for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
                 for mode, config in (("none", {"method": "none"}), ("frozen", {}), ("coupled", {}), ("frozen, all directions", {"rank": 0}),
-                                     ("coupled, all directions", {"rank": 0}), ("coupled, sinkhorn alone", {"method": "sinkhorn"})):
+                                     ("coupled, all directions", {"rank": 0}), ("coupled, all directions, sinkhorn alone", {"method": "sinkhorn", "rank": 0})):
                     recipe = Recipe(sampler, refine=RefineConfig(**config), orders=1 if "mar" in name else 0, m=200)  # as the digits have
                     drawer = Drawer(model, recipe, range(10))
                     if mode != "none":
