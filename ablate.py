@@ -27,7 +27,7 @@ from PIL import Image
 from data import Parser, number
 from diffloss import Sampler
 from evaluate import MIN_IMAGES, Judge, Run, make_extractor, mean_std, real_images, warn
-from model import KINDS, pick_device
+from model import GUIDANCE, KINDS, pick_device
 from ot_refine import RefineConfig
 from sample import Recipe, reference_tokens
 
@@ -51,17 +51,22 @@ def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=1000, r
                   ref_split=ref_split, n_cal=n_cal, target=target)
 
 
+def plain(sampler=Sampler(), cfg_scale=1.0, orders=0):
+    """No refinement. The parts are compared without guidance, whose effect would mix with theirs; `guided` has it."""
+    return Recipe(sampler, cfg_scale, orders=orders)
+
+
 def ablation(full):
     """The rows. To try something, add a line; --only NAME runs it alone."""
     paper = dict(method="sinkhorn", K=2, eta=0.5, lam=0.1, inverse="full")
     rows = [
-        Row("generators", "CDM", "cdm", Recipe()),
-        Row("generators", "AR", "ar", Recipe()),
+        Row("generators", "CDM", "cdm", plain()),
+        Row("generators", "AR", "ar", plain()),
         Row("generators", "AR + refinement", "ar", refined()),
-        Row("generators", "MAR", "mar", Recipe()),
-        Row("generators", "MAR, one order", "mar", Recipe(orders=1)),
+        Row("generators", "MAR", "mar", plain()),
+        Row("generators", "MAR, one order", "mar", plain(orders=1)),
         Row("generators", "MAR, one order + refinement", "mar", refined(orders=1)),
-        Row("parts", "none", "ar", Recipe()),
+        Row("parts", "none", "ar", plain()),
         *(Row("parts", method, "ar", refined(method=method)) for method in ("mean", "meanvar", "ema", "knn")),
         Row("parts", "gaussian", "ar", refined(strength=0)),
         Row("parts", "sinkhorn", "ar", refined(method="sinkhorn")),
@@ -83,12 +88,32 @@ def ablation(full):
     if full:
         rows += [Row("targets", "pooled", "ar", refined(pooled=True))]
         rows += [Row("generators", f"MAR, {n} iterations, one order{' + refinement' * r}", "mar",
-                     replace(refined(orders=1) if r else Recipe(orders=1), num_iter=n)) for n in (4, 8) for r in (0, 1)]
+                     replace(refined(orders=1) if r else plain(orders=1), num_iter=n)) for n in (4, 8) for r in (0, 1)]
         rows += [Row("generators", f"MAR, one order, guidance 2{' + refinement' * r}", "mar",
-                     refined(cfg_scale=2.0, orders=1) if r else Recipe(cfg_scale=2.0, orders=1)) for r in (0, 1)]
+                     refined(cfg_scale=2.0, orders=1) if r else plain(cfg_scale=2.0, orders=1)) for r in (0, 1)]
         rows += [Row("generators", "MAR, one order + refinement, coupled", "mar", refined(orders=1), coupled=True)]
-        rows += [Row("generators", f"MAR, 4 orders{' + refinement' * r}", "mar", refined(orders=4) if r else Recipe(orders=4)) for r in (0, 1)]
+        rows += [Row("generators", f"MAR, 4 orders{' + refinement' * r}", "mar", refined(orders=4) if r else plain(orders=4)) for r in (0, 1)]
+        rows += guided()
     return rows + curves(full)
+
+
+def guided():
+    """The rows that matter most again, with the guidance that images are drawn with by default."""
+    none, default = (functools.partial(draw, cfg_scale=GUIDANCE) for draw in (plain, refined))
+    few = [("ddpm", 100), ("ddpm", 10), ("ddim", 10), ("dpm++", 10), ("dpm++", 6)]
+    rows = [("none", "ar", none()), ("default", "ar", default()), ("default, coupled", "ar", default(), True), ("gaussian", "ar", default(strength=0)),
+            ("sinkhorn", "ar", default(method="sinkhorn")), ("strength 0.25", "ar", default(strength=0.25)), ("K = 4", "ar", default(K=4)),
+            ("all directions", "ar", default(rank=0)), ("pooled, reg 0.05", "ar", default(pooled=True, reg=0.05)),
+            *((method, "ar", default(method=method)) for method in ("mean", "meanvar", "knn")),
+            *((f"{solver} {n} {how}", "ar", draw(Sampler(solver, n))) for solver, n in few for how, draw in (("none", none), ("default", default))),
+            ("scale 1.25, ddpm 100 none", "ar", plain(Sampler("ddpm", 100), 1.25)),         # the best of what is not refined
+            ("scale 1.25, dpm++ 10 none", "ar", plain(Sampler("dpm++", 10), 1.25)),
+            ("scale 1.25, dpm++ 10 default", "ar", refined(Sampler("dpm++", 10), 1.25)),
+            ("CDM", "cdm", none()), ("MAR", "mar", none()), ("MAR, one order", "mar", none(orders=1)),
+            ("MAR, one order + refinement", "mar", default(orders=1)), ("MAR, one order + refinement, coupled", "mar", default(orders=1), True)]
+    return [*(Row("guided", *row) for row in rows),
+            *(Row("guided", f"default, calibration {s}", "ar", default(), calibration=s) for s in range(1, 5)),
+            *(Row("guided", f"MAR, one order + refinement, calibration {s}", "mar", default(orders=1), calibration=s) for s in range(1, 3))]
 
 
 SWEEPS = {                                                    # axis: (quick, more in full, recipe of a value)
@@ -110,11 +135,11 @@ def curves(full):
     rows += [Row("calibration", f"calibration {s}", "ar", refined(), calibration=s) for s in range(5) if full]
     rows += [Row("classes per batch", str(v), "ar", refined(), True, v, mixed=v) for v in ((1, 2, 5, 10) if full else (1, 5))]
     for v in (1.0, 1.25, 1.5, 2.0, 3.0) if full else (1.0, 1.5):
-        rows += [Row("guidance", f"{v:g} none", "ar", Recipe(cfg_scale=v), x=v, line="none"),
+        rows += [Row("guidance", f"{v:g} none", "ar", plain(cfg_scale=v), x=v, line="none"),
                  Row("guidance", f"{v:g} refined", "ar", refined(cfg_scale=v), x=v)]
     for solver, (quick, more) in STEPS.items():
         for v in sorted(quick + more * full):
-            rows += [Row("steps", f"{solver} {v} none", "ar", Recipe(Sampler(solver, v)), x=v, line=f"{solver}, none"),
+            rows += [Row("steps", f"{solver} {v} none", "ar", plain(Sampler(solver, v)), x=v, line=f"{solver}, none"),
                      Row("steps", f"{solver} {v} refined", "ar", refined(Sampler(solver, v)), x=v, line=f"{solver}, refined")]
     return rows
 
@@ -317,8 +342,9 @@ def plot_all(out, table, floor):
         if row.x is not None:
             curves.setdefault(row.group, {}).setdefault(row.line, []).append((row.x, v))
     plain = next((v["fid"] for row, v, _ in table if row.model == "ar" and row.name in ("AR", "none")), None)
-    if bars:
-        plot_bars(out / "fd.png", bars, floor)
+    for name, some in (("fd", [b for b in bars if b[0].group != "guided"]), ("guided", [b for b in bars if b[0].group == "guided"])):
+        if some:
+            plot_bars(out / f"{name}.png", some, floor)
     if "strength" in curves:
         plot_dial(out / "strength.png", curves["strength"]["refined"], table, floor)
     if "steps" in curves:

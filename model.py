@@ -71,6 +71,7 @@ class Config:
 
 
 KINDS = ("ar", "mar", "cdm")
+GUIDANCE = 1.5              # scale that images are drawn with unless told otherwise: one for all tiny models, from the tuning sets
 PRESETS = {
     # AR sizes follow LlamaGen; the heads follow MAR's of the same size. "Ours" and "Baseline" of the paper are gpt-xl.
     "gpt-b": dict(kind="ar", n_layer=12, n_head=12, n_embd=768, head_depth=6, head_width=1024),

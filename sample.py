@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, centre_crop, image_grid, number, patchify, run, to_uint8, unpatchify
 from diffloss import SOLVERS, ImageNoise, Sampler
-from model import amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint, set_threads
+from model import GUIDANCE, amp, export_mar, find_checkpoint, load_model, pick_device, save_checkpoint, set_threads
 from ot_refine import METHODS, RefineConfig, Refiner, principal_axes
 
 
@@ -40,7 +40,7 @@ from ot_refine import METHODS, RefineConfig, Refiner, principal_axes
 class Recipe:
     """How images are drawn from a model, whichever images. Two equal recipes draw the same."""
     sampler: Sampler = Sampler()
-    cfg_scale: float = 1.0
+    cfg_scale: float = GUIDANCE
     cfg_schedule: str | None = None     # None: the generator's own, mar linear, else constant
     num_iter: int | None = None         # mar: AR steps; None: one per token
     refine: RefineConfig = field(default_factory=lambda: RefineConfig(method="none"))
@@ -78,6 +78,9 @@ class Drawer:
                              "of at most one step per token")
         if recipe.cfg_skip and kind == "cdm":
             raise ValueError("--cfg_skip: the guidance of a cdm model does not change along a chain; use --cfg_scale 1 for none")
+        if recipe.cfg_scale != 1 and model.cfg.class_dropout == 0:
+            raise ValueError(f"--cfg_scale {recipe.cfg_scale:g}: this model was trained with --class_dropout 0, so it has no null branch to guide by; "
+                             "use --cfg_scale 1")
         if recipe.refined and kind == "cdm":
             raise ValueError("--refine: a cdm model has one fixed condition per image and no AR chain, so there is nothing to refine")
         if recipe.refined and recipe.refine.lam > 0 and not model.cfg.inverse:
@@ -88,8 +91,7 @@ class Drawer:
             raise ValueError("--orders 0 with --refine: targets need a pool of generation orders; use --orders 1 or more")
         if recipe.refined and recipe.target == "buffer" and not model.cfg.buffer:
             raise ValueError("--target buffer: this model was trained without one; train with --buffer 64, or use --target teacher")
-        self.pool = torch.rand(recipe.orders, N, generator=torch.Generator().manual_seed(0)).argsort(1) \
-            if kind == "mar" and recipe.orders else None
+        self.pool = scan_orders(recipe.orders, model.cfg.grid) if kind == "mar" and recipe.orders else None
 
     def set_targets(self, tokens_of):
         """Particles of P_c* for every class, order and AR step. tokens_of(y, m) -> (<= m, N, D) of real images."""
@@ -156,6 +158,17 @@ class Drawer:
             options["refine"] = lambda i, c, inverse: refine(i, c, lambda c: inverse(c, full=whole))
         with torch.no_grad(), amp(self.device):
             return self.model.generate(y.to(self.device), noise, recipe.sampler, **options)
+
+
+def scan_orders(S, grid):
+    """S generation orders (S, N) of grid x grid tokens: raster scans from each corner, by rows and by columns; random ones after these 8.
+
+    A scan draws each patch beside known ones, and is drawn better by mar-tiny than a random order is (README).
+    """
+    rows = torch.arange(grid * grid).view(grid, grid)
+    scans = [scan.flatten() for t in (rows, rows.T) for scan in (t, t.flip(0, 1), t.flip(1), t.flip(0))]
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack((scans + [torch.randperm(grid * grid, generator=generator) for _ in range(S - 8)])[:S])
 
 
 @torch.no_grad()
@@ -259,7 +272,7 @@ def add_drawing_flags(p):
     p.add_argument("--temperature", type=number(float, 0), default=1.0, help="multiplies the noise")
     p.add_argument("--x0_bound", type=number(float, 0), help="bound of |x0|, 0 = off (default: the data's range)")
     p.add_argument("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
-    p.add_argument("--cfg_scale", type=number(float, 0), default=1.0, help="classifier-free guidance, 1 = off")
+    p.add_argument("--cfg_scale", type=number(float, 0), default=GUIDANCE, help="classifier-free guidance, 1 = off")
     p.add_argument("--cfg_schedule", choices=("constant", "linear"), help="over the chain (default: mar linear, else constant)")
     p.add_argument("--cfg_skip", type=number(float, 0), default=0.0, help="do without guidance where its scale is within this of 1, 0 = exact")
     r = p.add_argument_group("refinement", "Algorithm 1; see the README. Unset flags take the tuned setting.")
@@ -280,7 +293,7 @@ def add_drawing_flags(p):
     r.add_argument("--m", type=number(int, 1), default=1000, help="reference images per class, at most")
     r.add_argument("--ref_split", choices=("train", "heldout"), default="train", help="where reference images come from")
     r.add_argument("--n_cal", type=number(int, 8), default=0, help="images per class (and order) that calibrate frozen mode (default: twice as many as reference images, at least 200)")
-    r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, 0 = a fresh one per image "
+    r.add_argument("--orders", type=number(int, 0), help="mar: generation orders to draw from, the first the raster scan; 0 = a fresh random one per image "
                    "(default: 1 with refinement, else 0)")
     r.add_argument("--data_dir", help="folder and imagenet: where the reference images are (default: as in training)")
     r.add_argument("--cache_dir", help="models of latents: the cache with the reference latents (default: as in training)")
@@ -356,7 +369,8 @@ def prepare_refinement(drawer, args, state, path, tokens_of=None, keep=True):
         return drawer.set_targets(tokens_of)
     file = path.parent / "refine.pt"
     weights = hashlib.sha256(b"".join(v.flatten()[:4096].cpu().numpy().tobytes() for v in state["ema"].values()))
-    made_for = {"layout": Refiner.LAYOUT, "checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes, **asdict(drawer.recipe)}
+    made_for = {"layout": Refiner.LAYOUT, "checkpoint": f"step {state['step']}, {weights.hexdigest()[:16]}", "classes": drawer.classes,
+                "pool": drawer.pool if drawer.pool is None else drawer.pool.tolist(), **asdict(drawer.recipe)}
     made_for = json.loads(json.dumps(made_for))                                         # tuples become lists, as when read back
     if keep and file.exists():
         saved = torch.load(file, map_location=drawer.device, weights_only=True)

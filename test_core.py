@@ -745,6 +745,23 @@ def test_a_non_finite_loss_names_the_step_the_causes_and_the_last_good_checkpoin
     assert all(v.isfinite().all() for v in weights(tmp_path / "r")["model"].values())
 
 
+def test_the_pool_of_orders_begins_with_the_eight_raster_scans():
+    pool = sample.scan_orders(11, 4)
+    assert (pool.sort(1).values == torch.arange(16)).all() and len(pool.unique(dim=0)) == 11
+    assert pool[0].equal(torch.arange(16)) and pool[1].equal(torch.arange(16).flip(0))
+    assert torch.isin(pool[:8].view(8, 4, 4).diff(dim=2).abs(), torch.tensor([1, 4])).all(), "each draws whole rows or columns"
+    assert sample.scan_orders(3, 4).equal(pool[:3]), "an order does not depend on the size of the pool"
+
+
+def test_guidance_is_on_by_default_and_an_error_for_a_model_without_a_null_branch():
+    parser = data.Parser()
+    sample.add_drawing_flags(parser)
+    assert sample.make_recipe(parser.parse_args([]), "ar", 1.0) == sample.Recipe(Sampler(x0_bound=1.0), models.GUIDANCE)
+    sample.Drawer(tiny("gpt-tiny", class_dropout=0.0), sample.Recipe(cfg_scale=1.0), [0])
+    with pytest.raises(ValueError, match="--class_dropout 0.*--cfg_scale 1"):
+        sample.Drawer(tiny("gpt-tiny", class_dropout=0.0), sample.Recipe(), [0])
+
+
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
 def test_buffer_targets_are_the_conditions_kept_for_each_class_position_and_order(name):
     m = tiny(name, buffer=5, num_classes=3)

@@ -558,7 +558,7 @@ def ablation_argv(trained, cache, out):
 def two_rows(monkeypatch):
     few = sample.Sampler(steps=2)
     monkeypatch.setattr(ablate, "ablation", lambda full: [
-        ablate.Row("parts", "none", "ar", sample.Recipe(few)),
+        ablate.Row("parts", "none", "ar", ablate.plain(few)),
         ablate.Row("parts", "mean", "ar", ablate.refined(few, method="mean")),
         ablate.Row("K", "0", "ar", ablate.refined(few, K=0), x=0),               # the same draws as `none`
         ablate.Row("strength", "1", "ar", ablate.refined(few, method="mean"), x=1)])
@@ -603,10 +603,11 @@ def test_another_setting_is_another_result(trained, cache, capsys, tmp_path):
     key = lambda row, seed=0, **changes: ablate.result_key(row, source, seed, type(args)(**{**vars(args), **changes}))
     others = [key(row), key(row, 1), key(row, n=20), key(row, n_cal=9), key(row._replace(coupled=True)), key(row._replace(apart=3)),
               key(row._replace(coupled=True, mixed=2)), key(row._replace(recipe=ablate.refined(K=3))), key(row._replace(calibration=1)),
-              key(row._replace(recipe=sample.Recipe())), key(row._replace(recipe=ablate.refined(m=10)))]
+              key(row._replace(recipe=ablate.plain())), key(row._replace(recipe=ablate.refined(m=10))),
+              key(row._replace(recipe=ablate.plain(cfg_scale=2.0)))]
     assert len(set(others)) == len(others)
     assert key(row._replace(group="g", name="n", x=1)) == key(row), "names do not matter"
-    assert key(row._replace(recipe=sample.Recipe())) == key(row._replace(recipe=ablate.refined(K=0)), n_cal=9)
+    assert key(row._replace(recipe=ablate.plain())) == key(row._replace(recipe=ablate.refined(K=0)), n_cal=9)
 
 
 @pytest.mark.parametrize("name", ["digits", "shapes"])

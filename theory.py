@@ -333,7 +333,7 @@ def observe(kind, run_dir, args):
         raise ValueError(f"--{kind} {run_dir} knows one class; at least 2 are needed, as intervals are taken over classes")
     tokens_of = {split: reference_tokens(facts, split, args.data_dir) for split in ("train", "heldout")}
     sampler = Sampler(steps=args.steps, x0_bound=facts["x0_bound"])
-    recipe = Recipe(sampler, refine=RefineConfig(method="none" if kind == "cdm" else args.refine), orders=int(kind == "mar"),
+    recipe = Recipe(sampler, cfg_scale=1.0, refine=RefineConfig(method="none" if kind == "cdm" else args.refine), orders=int(kind == "mar"),
                     m=args.m, ref_split=args.ref_split, n_cal=args.n_cal)
     drawer = Drawer(model, recipe, classes)
     order = (torch.arange(model.cfg.n_tokens) if drawer.pool is None else drawer.pool[0]).to(drawer.device)

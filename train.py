@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data as datasets
 from data import Parser, batch_indices, number, patchify, run
 from diffloss import ImageNoise, Sampler
-from model import PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint, set_threads
+from model import GUIDANCE, PRESETS, amp, build, checkpoint_blocks, pick_device, preset, read_checkpoint, save_checkpoint, set_threads
 from plan import HARDWARE, UTILISATION, hours, memory_estimate, sampling_flops, training_flops
 
 SMALL = dict(model="gpt-tiny", steps=2400, global_batch=64, lr=2e-3, lr_schedule="cosine", warmup=200,
@@ -306,7 +306,8 @@ def sample_grid(path, ema, dataset, args, device):
     y = torch.arange(min(len(dataset.class_names), 20)).repeat_interleave(columns)
     bound = dataset.x0_bound if args.x0_bound is None else args.x0_bound or None
     with amp(device):
-        x = ema.generate(y.to(device), ImageNoise(args.seed, range(len(y)), device), Sampler(x0_bound=bound))
+        x = ema.generate(y.to(device), ImageNoise(args.seed, range(len(y)), device), Sampler(x0_bound=bound),
+                         GUIDANCE if ema.cfg.class_dropout else 1.0)
     images = datasets.to_uint8(dataset.decode(x))
     datasets.image_grid(images, columns).save(path)
 
