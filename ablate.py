@@ -100,7 +100,7 @@ def ablation(full):
 def guided():
     """The rows that matter most again, with the guidance that images are drawn with by default."""
     none, default = (functools.partial(draw, cfg_scale=GUIDANCE) for draw in (plain, refined))
-    few = [("ddpm", 100), ("ddpm", 10), ("ddim", 10), ("dpm++", 10), ("dpm++", 6)]
+    few = [("ddpm", 100), ("ddpm", 10), ("ddim", 10), ("dpm++", 10), ("dpm++", 6), ("dpm++", 5)]
     rows = [("none", "ar", none()), ("default", "ar", default()), ("default, coupled", "ar", default(), True), ("gaussian", "ar", default(strength=0)),
             ("sinkhorn", "ar", default(method="sinkhorn")), ("strength 0.25", "ar", default(strength=0.25)), ("K = 4", "ar", default(K=4)),
             ("all directions", "ar", default(rank=0)), ("pooled, reg 0.05", "ar", default(pooled=True, reg=0.05)),

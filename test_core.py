@@ -745,6 +745,12 @@ def test_a_non_finite_loss_names_the_step_the_causes_and_the_last_good_checkpoin
     assert all(v.isfinite().all() for v in weights(tmp_path / "r")["model"].values())
 
 
+def test_mar_tiny_trains_longer_on_the_small_data_sets_unless_told_otherwise():
+    steps = lambda *argv: train.parse_args(list(argv)).steps
+    assert steps() == steps("--model", "cdm-tiny") == 2400 and steps("--model", "mar-tiny") == steps("--dataset", "shapes", "--model", "mar-tiny") == 6000
+    assert steps("--model", "mar-tiny", "--steps", "7") == 7 and steps("--dataset", "imagenet256", "--model", "mar-tiny") == 250_000
+
+
 def test_the_pool_of_orders_begins_with_the_eight_raster_scans():
     pool = sample.scan_orders(11, 4)
     assert (pool.sort(1).values == torch.arange(16)).all() and len(pool.unique(dim=0)) == 11

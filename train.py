@@ -41,6 +41,8 @@ SHAPES = {**SMALL, "diffusion_batch_mul": 4}
 DEFAULTS = {"digits": SMALL, "digits-tune": SMALL, "shapes": SHAPES, "shapes-tune": SHAPES, "folder": SMALL,
             "imagenet256": {**IMAGENET, "size": 256}, "imagenet512": {**IMAGENET, "size": 512}}
 LATENT = dict(size=256, patch=1)                 # any folder with a VAE
+# All orders take longer to learn than one: after 2400 steps on the digits the held-out loss is .101, where gpt-tiny has .090, after 6000 .093
+PATIENT = {"mar-tiny": dict(steps=6000)}         # on the small data sets
 
 
 def parse_args(argv=None):
@@ -82,7 +84,9 @@ def parse_args(argv=None):
     p.add_argument("--checkpoint_blocks", action="store_true", help="recompute blocks in the backward pass: less memory, exact, slower")
     p.add_argument("--dry-run", action="store_true", help="print the resolved configuration, sizes and memory, and stop")
     known, _ = p.parse_known_args(argv) if "-h" not in (argv or sys.argv) and "--help" not in (argv or sys.argv) else (None, None)
-    p.set_defaults(**{**DEFAULTS[known.dataset if known else "digits"], **(LATENT if known and known.vae and known.dataset == "folder" else {})})
+    name, model, latent = (known.dataset, known.model, known.vae) if known else ("digits", None, None)
+    patient = PATIENT.get(model, {}) if not name.startswith("imagenet") else {}
+    p.set_defaults(**{**DEFAULTS[name], **(LATENT if latent and name == "folder" else {}), **patient})
     return p.parse_args(argv)
 
 
