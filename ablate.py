@@ -1,7 +1,7 @@
 """The ablation: every part of the method, one row each, same models, seeds and number of images.
 
     python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm                   quick profile, ten minutes
-    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm --profile full    5 seeds, an hour
+    python evaluate.py ablate --ar out/ar --mar out/mar --cdm out/cdm --profile full    5 seeds, three hours
     python evaluate.py ablate --ar out/ar --only reg strength                           some rows
 
 The defaults were chosen on models of the data sets digits-tune and shapes-tune, which know no held-out image.

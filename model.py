@@ -554,7 +554,7 @@ def truncated_normal(u, mean=1.0, std=0.25, low=0.7, high=1.0):
 
 
 class MAR(Generator):
-    """Any set of known patches -> conditions of all others; patches appear in random order, several per step.
+    """Any set of known patches -> conditions of all others; patches appear in random or given order, one or several per step.
 
     An `order` (B, N) lists positions in the order in which they become known.
     """

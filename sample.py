@@ -2,7 +2,7 @@
 
     python sample.py                                        the newest run under out/, 10 images a class
     python sample.py --refine default                       the same with refined conditions
-    python sample.py --classes 3 7 --n 20 --cfg_scale 2     two classes, guided
+    python sample.py --classes 3 7 --n 20 --cfg_scale 2     two classes, more guided
     python sample.py --n 5000 --out s.npz                   for evaluate.py: arr_0 uint8 NHWC, arr_1 labels
     python sample.py --inpaint x.png --mask m.png           a mar model fills the white part of the mask
     python sample.py --ckpt mar_base/checkpoint-last.pth --vae kl16.ckpt --classes "golden retriever" --solver ddpm \
@@ -163,7 +163,7 @@ class Drawer:
 def scan_orders(S, grid):
     """S generation orders (S, N) of grid x grid tokens: raster scans from each corner, by rows and by columns; random ones after these 8.
 
-    A scan draws each patch beside known ones, and is drawn better by mar-tiny than a random order is (README).
+    A scan draws each patch beside known ones: after 2400 steps mar-tiny draws digits better so than in a random order.
     """
     rows = torch.arange(grid * grid).view(grid, grid)
     scans = [scan.flatten() for t in (rows, rows.T) for scan in (t, t.flip(0, 1), t.flip(1), t.flip(0))]

@@ -46,7 +46,7 @@ PATIENT = {"mar-tiny": dict(steps=6000)}         # on the small data sets
 
 
 def parse_args(argv=None):
-    p = Parser(description="Train a generator. Defaults are those of --dataset; to resume, run the same command again.")
+    p = Parser(description="Train a generator. Defaults are those of --dataset (and --model); to resume, run the same command again.")
     p.add_argument("--dataset", choices=datasets.DATASETS, default="digits", help="what to train on; imagenet256/512 need --data_dir and --vae")
     p.add_argument("--data_dir", help="folder of images (folder: ROOT/<class>/*.png; imagenet: its train folder)")
     p.add_argument("--vae", help="kl16.ckpt: train on its latents (imagenet256/512, and folder if given)")
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     p.add_argument("--buffer", type=number(int, 0), help="conditions kept per class and position for sample.py --target buffer (default: the preset's)")
     p.add_argument("--x0_bound", type=number(float, 0), help="bound of |x0| in sampling, 0 = off (default: the data's range)")
     p.add_argument("--out_dir", default="out", help="where the run lives")
-    p.add_argument("--steps", type=number(int, 0), help="optimiser steps in all")
+    p.add_argument("--steps", type=number(int, 0), help="optimiser steps in all (mar-tiny on the small data sets: 6000)")
     p.add_argument("--global_batch", type=number(int, 1), help="images per optimiser step over all processes")
     p.add_argument("--accumulate", type=number(int, 1), default=1, help="micro-batches per optimiser step and process")
     p.add_argument("--optimizer", choices=("adamw", "muon"), help="muon: orthogonalised updates of the blocks' matrices, AdamW for the rest")
