@@ -341,7 +341,7 @@ def plot_all(out, table, floor):
     for row, v, _ in table:
         if row.x is not None:
             curves.setdefault(row.group, {}).setdefault(row.line, []).append((row.x, v))
-    plain = next((v["fid"] for row, v, _ in table if row.model == "ar" and row.name in ("AR", "none")), None)
+    unrefined = next((v["fid"] for row, v, _ in table if row.model == "ar" and row.name in ("AR", "none")), None)
     for name, some in (("fd", [b for b in bars if b[0].group != "guided"]), ("guided", [b for b in bars if b[0].group == "guided"])):
         if some:
             plot_bars(out / f"{name}.png", some, floor)
@@ -350,7 +350,7 @@ def plot_all(out, table, floor):
     if "steps" in curves:
         plot_curves(out / "steps.png", {"denoiser evaluations per patch": curves.pop("steps")}, floor)
     if curves:
-        plot_curves(out / "sensitivity.png", curves, floor, plain)
+        plot_curves(out / "sensitivity.png", curves, floor, unrefined)
 
 
 def save(fig, path):

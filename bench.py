@@ -344,7 +344,7 @@ class Bench:
             for sampler in (Sampler("ddpm", 25), Sampler("dpm++", 10)):
                 for mode, config in (("none", {"method": "none"}), ("frozen", {}), ("coupled", {}), ("frozen, all directions", {"rank": 0}),
                                      ("coupled, all directions", {"rank": 0}), ("coupled, all directions, sinkhorn alone", {"method": "sinkhorn", "rank": 0})):
-                    recipe = Recipe(sampler, 1.0, refine=RefineConfig(**config), orders=1 if "mar" in name else 0, m=200)  # as the digits have
+                    recipe = Recipe(sampler, cfg_scale=1.0, refine=RefineConfig(**config), orders=int("mar" in name), m=200)      # as the digits have
                     drawer = Drawer(model, recipe, range(10))
                     if mode != "none":
                         (drawer.calibrate if mode.startswith("frozen") else drawer.set_targets)(tokens_of)

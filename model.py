@@ -71,7 +71,9 @@ class Config:
 
 
 KINDS = ("ar", "mar", "cdm")
-GUIDANCE = 1.5              # scale that images are drawn with unless told otherwise: one for all tiny models, from the tuning sets
+# CHOICE(guidance): images are drawn with this scale unless told otherwise, one for all tiny models, from the tuning sets (README).
+# Alternative: none, 1. Flag: --cfg_scale.
+GUIDANCE = 1.5
 PRESETS = {
     # AR sizes follow LlamaGen; the heads follow MAR's of the same size. "Ours" and "Baseline" of the paper are gpt-xl.
     "gpt-b": dict(kind="ar", n_layer=12, n_head=12, n_embd=768, head_depth=6, head_width=1024),

@@ -86,7 +86,7 @@ class Drawer:
         if recipe.refined and recipe.refine.lam > 0 and not model.cfg.inverse:
             raise ValueError("--lam above 0 needs T^-1, but this model was trained with --no-inverse")
         # CHOICE(orders): a mar condition depends on which patches are known, so refined chains draw their orders from a
-        # pool of S and image k has a fixed one of them. Alternative: pooled targets under fresh orders. Flag: --orders.
+        # pool of S, the raster scan first, and image k has a fixed one of them. Alternative: a larger pool. Flag: --orders.
         if recipe.refined and kind == "mar" and not recipe.orders:
             raise ValueError("--orders 0 with --refine: targets need a pool of generation orders; use --orders 1 or more")
         if recipe.refined and recipe.target == "buffer" and not model.cfg.buffer:
