@@ -131,6 +131,12 @@ def _weights(w, like):
     return w / w.sum(-1, keepdim=True)
 
 
+def _from_middle(x, y, a, b):
+    """x and y counted from the weighted mean of y, with padding moved there, and this origin (G, 1, C)."""
+    origin = (b[..., None] * y).sum(1, keepdim=True).detach()
+    return (x - origin).masked_fill(a[..., None] == 0, 0), (y - origin).masked_fill(b[..., None] == 0, 0), origin
+
+
 def sq_cost(x, y):
     """Squared distances (G, n, m) between x (G, n, C) and y (G, m, C)."""
     # Far from the origin |x|^2 + |y|^2 - 2xy cancels: count from the mean of y, where OT's clouds are.
@@ -216,7 +222,7 @@ def sinkhorn_self(cost, reg, a=None, h=None, n_iter=50, tol=None):
         mass = torch.bmm((a * u)[:, None], kernel)[:, 0]                            # (G, n), symmetric: rows = columns
         if tol is not None and it % 5 == 4 and (a * (u * mass - 1).abs()).sum(-1).max() <= tol:
             break
-        u = (u / mass.clamp_min(1e-30)).sqrt()
+        u = (u / mass.clamp_min(1e-30)).sqrt().masked_fill(a == 0, 1)               # far padding, that nothing reaches, would overflow
     err = (a * (u * torch.bmm((a * u)[:, None], kernel)[:, 0] - 1).abs()).sum(-1)
     if tol is not None and err.max() > tol:
         _warn_once("self", f"self-transport stopped after n_iter={n_iter} with marginal error {err.max():.1e} > tol={tol:.1e}; "
@@ -226,8 +232,8 @@ def sinkhorn_self(cost, reg, a=None, h=None, n_iter=50, tol=None):
 
 def plan(cost, f, g, reg, a=None, b=None):
     """The coupling (G, n, m) of potentials f (G, n) and g (G, m); its rows sum to a, its columns to b."""
-    a, b = _weights(a, cost), _weights(b, cost.mT)
-    return a[:, :, None] * b[:, None, :] * ((f[:, :, None] + g[:, None, :] - cost) / reg[:, None, None]).exp()
+    a, b = _weights(a, cost).log(), _weights(b, cost.mT).log()                      # -inf on padding, whatever the cost is there
+    return (a[:, :, None] + b[:, None, :] + (f[:, :, None] + g[:, None, :] - cost) / reg[:, None, None]).exp()
 
 
 def _dual(cost, f, g, reg, a, b):
@@ -244,6 +250,7 @@ def sinkhorn_divergence(x, y, reg, a=None, b=None, n_iter=1000, tol=1e-6):
     """
     a, b = _weights(a, x), _weights(b, y)
     reg = torch.as_tensor(reg, dtype=x.dtype, device=x.device).expand(len(x))
+    x, y, _ = _from_middle(x, y, a, b)
     xy, xx, yy = sq_cost(x, y), sq_cost(x, x), sq_cost(y, y)
     with torch.no_grad():
         f, g, _ = sinkhorn(xy, reg, a, b, n_iter=n_iter, tol=tol)
@@ -436,8 +443,8 @@ def fit(x, y, cfg, a=None, b=None, method=None):
     if x.shape[0] != y.shape[0] or x.shape[2] != y.shape[2]:
         raise ValueError(f"conditions {tuple(x.shape)} and targets {tuple(y.shape)} must agree in groups and dimension")
     a, b = _weights(a, x), _weights(b, y)
-    origin = (b[..., None] * y).sum(1, keepdim=True)                                # (G, 1, C), the middle of the targets
-    to, state = _fit(method or cfg.method, x - origin, y - origin, a, b, cfg)
+    x, y, origin = _from_middle(x, y, a, b)
+    to, state = _fit(method or cfg.method, x, y, a, b, cfg)
     return to + origin, state | {"origin": origin}
 
 
