@@ -25,11 +25,11 @@ import torch
 from PIL import Image
 
 from data import Parser, number
-from diffloss import Sampler
+from diffloss import ImageNoise, Sampler
 from evaluate import MIN_IMAGES, Judge, Run, make_extractor, mean_std, real_images, warn
-from model import GUIDANCE, KINDS, pick_device
+from model import GUIDANCE, KINDS, amp, pick_device
 from ot_refine import RefineConfig
-from sample import Recipe, reference_tokens
+from sample import Drawer, Recipe, reference_tokens
 
 
 class Row(NamedTuple):
@@ -44,11 +44,38 @@ class Row(NamedTuple):
     mixed: int = 0                               # classes per batch; 0: batches go class by class
     apart: int = 0                               # held-out images of a class that are left out of the reference
     calibration: int = 0                         # seed of the calibration's noise
+    drawer: type = Drawer                        # or a control, below
 
 
-def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=1000, ref_split="train", n_cal=0, target="teacher", **config):
+class Shuffled(Drawer):
+    """A control: gives the displacements of a refined image to another of its class in the batch: as far, but not where transport leads."""
+
+    def _draw(self, y, index, seed, slot, refine, inpaint=None):
+        by_class = y.argsort(stable=True)
+        chance = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed % 2 ** 32))
+        other = torch.empty_like(by_class)
+        other[by_class] = chance[y[chance].argsort(stable=True)]
+        moved = lambda i, c, inverse: c + (refine(i, c, inverse) - c)[other]
+        return super()._draw(y, index, seed, slot, moved, inpaint)
+
+
+class Ideal(Drawer):
+    """An oracle: draws every patch under its ideal condition, the teacher-forced one of a real image, an image of its own each."""
+
+    def __call__(self, y, index, seed, inpaint=None):
+        model, sampler, scale = self.model, self.recipe.sampler, self.recipe.cfg_scale
+        real = {k: self.tokens_of(k, 10 ** 9) for k in y.unique().tolist()}
+        x = torch.stack([real[k][(j // len(self.classes) + 97 * seed) % len(real[k])] for j, k in zip(index, y.tolist())]).to(self.device)
+        conditions = lambda y: model.conditions(x, y.to(self.device))                # mar: in raster order
+        noise = ImageNoise(seed, index, self.device).randn(sampler.n_noise(sampler.steps), model.cfg.n_tokens, model.cfg.token_dim)
+        with torch.no_grad(), amp(self.device):
+            null = conditions(torch.full_like(y, model.cfg.num_classes)) if scale != 1 else None
+            return model.diffloss.draw(conditions(y), null, scale, sampler, noise.transpose(0, 1), sampler.steps)
+
+
+def refined(sampler=Sampler(), cfg_scale=1.0, inverse="one", orders=0, m=1000, ref_split="train", n_cal=0, target="teacher", move_null=False, **config):
     return Recipe(sampler, cfg_scale, refine=RefineConfig(**config), inverse=inverse, orders=orders, m=m,
-                  ref_split=ref_split, n_cal=n_cal, target=target)
+                  ref_split=ref_split, n_cal=n_cal, target=target, move_null=move_null)
 
 
 def plain(sampler=Sampler(), cfg_scale=1.0, orders=0):
@@ -74,6 +101,8 @@ def ablation(full):
         Row("parts", "sinkhorn, coupled", "ar", refined(method="sinkhorn"), coupled=True),
         Row("parts", "gaussian+sinkhorn", "ar", refined()),
         Row("parts", "gaussian+sinkhorn, coupled", "ar", refined(), coupled=True),
+        Row("parts", "displacements shuffled", "ar", refined(), drawer=Shuffled),
+        *(Row("ideal conditions", kind.upper(), kind, plain(), drawer=Ideal) for kind in ("ar", "mar")),
         # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1(x_hat)
         Row("parts", "inverse term alone", "ar", refined(method="mean", K=1, eta=5e-4, lam=1000.0)),
         Row("parts", "inverse term added", "ar", refined(lam=0.1)),
@@ -103,7 +132,7 @@ def guided():
     few = [("ddpm", 100), ("ddpm", 10), ("ddim", 10), ("dpm++", 10), ("dpm++", 6), ("dpm++", 5)]
     rows = [("none", "ar", none()), ("default", "ar", default()), ("default, coupled", "ar", default(), True), ("gaussian", "ar", default(strength=0)),
             ("sinkhorn", "ar", default(method="sinkhorn")), ("strength 0.25", "ar", default(strength=0.25)), ("K = 4", "ar", default(K=4)),
-            ("all directions", "ar", default(rank=0)), ("pooled, reg 0.05", "ar", default(pooled=True, reg=0.05)),
+            ("all directions", "ar", default(rank=0)), ("null moves along", "ar", default(move_null=True)), ("pooled, reg 0.05", "ar", default(pooled=True, reg=0.05)),
             *((method, "ar", default(method=method)) for method in ("mean", "meanvar", "knn")),
             *((f"{solver} {n} {how}", "ar", draw(Sampler(solver, n))) for solver, n in few for how, draw in (("none", none), ("default", default))),
             ("scale 1.25, ddpm 100 none", "ar", plain(Sampler("ddpm", 100), 1.25)),         # the best of what is not refined
@@ -112,6 +141,8 @@ def guided():
             ("CDM", "cdm", none()), ("MAR", "mar", none()), ("MAR, one order", "mar", none(orders=1)),
             ("MAR, one order + refinement", "mar", default(orders=1)), ("MAR, one order + refinement, coupled", "mar", default(orders=1), True)]
     return [*(Row("guided", *row) for row in rows),
+            Row("guided", "displacements shuffled", "ar", default(), drawer=Shuffled),
+            Row("guided", "ideal conditions", "ar", none(), drawer=Ideal),
             *(Row("guided", f"default, calibration {s}", "ar", default(), calibration=s) for s in range(1, 5)),
             *(Row("guided", f"MAR, one order + refinement, calibration {s}", "mar", default(orders=1), calibration=s) for s in range(1, 3))]
 
@@ -242,6 +273,8 @@ def result_key(row, run, seed, args):
         what = {k: what[k] for k in ("sampler", "cfg_scale", "cfg_schedule", "num_iter", "orders")}
     elif row.coupled:
         what["coupled"] = [args.batch_size, row.mixed]
+    if row.drawer is not Drawer:
+        what["drawer"] = [row.drawer.__name__, args.batch_size]
     what["run"] = digest(run.path)
     return hashlib.sha256(json.dumps([what, row.apart, args.n, seed, row.calibration]).encode()).hexdigest()[:16]
 
@@ -265,12 +298,12 @@ def measure_row(row, run, judge, floor, args, todo):
     if not todo:
         return
     recipe, device = fill(row.recipe, run, args), judge.device
-    drawer = run.drawer(recipe)
+    drawer = run.drawer(recipe, row.drawer)
+    drawer.tokens_of = tokens_of = reference_tokens(run.facts, recipe.ref_split, run.data_dir)
     judge = judge.against(judge.real.with_targets(recipe, row.apart))
     peak_mb(device, reset=True)
     began = time.perf_counter()
     if recipe.refined:
-        tokens_of = reference_tokens(run.facts, recipe.ref_split, run.data_dir)
         everything = len(drawer.classes) * max(recipe.orders, 1) * recipe.n_cal       # pooled: one problem, one batch
         if row.coupled:
             drawer.set_targets(tokens_of)
@@ -366,7 +399,7 @@ def plot_bars(path, bars, floor):
     import matplotlib.pyplot as plt
     groups = list(dict.fromkeys(row.group for row, _ in bars))
     bars = sorted(bars, key=lambda bar: groups.index(bar[0].group))
-    fig, ax = plt.subplots(figsize=(8, 1.2 + 0.24 * len(bars)), layout="constrained")
+    fig, ax = plt.subplots(figsize=(8, max(2.2, 1.2 + 0.24 * len(bars))), layout="constrained")
     values, at = [v["fid"] for _, v in bars], range(len(bars))
     ax.barh(at, values, xerr=[v.get("fid_std", 0) for _, v in bars], height=0.75, alpha=0.5, error_kw={"elinewidth": 1},
             color=[f"C{groups.index(row.group)}" for row, _ in bars])

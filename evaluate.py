@@ -600,8 +600,8 @@ class Run:
             raise ValueError(f"{self.path} was trained on {len(self.facts['class_names'])} classes ({self.facts['class_names'][0]} ...), "
                              f"its data set now has {len(self.dataset.class_names)}; give the right --data_dir")
 
-    def drawer(self, recipe):
-        return Drawer(self.model, recipe, range(len(self.dataset.class_names)))
+    def drawer(self, recipe, kind=Drawer):
+        return kind(self.model, recipe, range(len(self.dataset.class_names)))
 
     def draw(self, drawer, n, seed, batch_size, mixed=0):
         """Images uint8 (n, H, W, C), labels and seconds; n is rounded up to balanced classes, image k is that of sample.py.

@@ -390,15 +390,16 @@ class Generator(nn.Module):
             self.buffer.push(c.detach(), pos, y)
         return torch.stack([loss, inverse])
 
-    def draw_patches(self, i, n_steps, c, c_null, cfg_scale, sampler, noise, pos, refine):
+    def draw_patches(self, i, n_steps, c, c_null, cfg_scale, sampler, noise, pos, refine, move_null=False):
         """Algorithm 1, lines 3-9, for the n patches at positions pos (B, n) of AR step i: refine c, then denoise."""
         B, n, _ = c.shape
         steps = sampler.steps_at(i, n_steps)
         z = noise.randn(sampler.n_noise(steps), n, self.cfg.token_dim).transpose(0, 1)  # (n_noise, B, n, D)
         if refine is not None:
-            # CHOICE(guidance): only the conditional branch is refined; the null branch keeps its conditions.
-            # Alternative: refine both, or the guided direction. No flag.
-            c = refine(i, c, lambda c, full=False: self.reveal(c, pos, z[0], sampler, full))
+            # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the displacement, too.
+            # Alternative: the null branch moves along, which leaves the displacement as it is. Flag: --move_null.
+            moved = refine(i, c, lambda c, full=False: self.reveal(c, pos, z[0], sampler, full))
+            c, c_null = moved, c_null + (moved - c) if move_null and c_null is not None else c_null
         return self.diffloss.draw(c, c_null, cfg_scale, sampler, z, steps)              # (B, n, D)
 
     def head_calls(self, sampler, num_iter=None):
@@ -470,12 +471,13 @@ class AR(Generator):
     forward = loss                                                                      # what DDP calls
 
     @torch.no_grad()
-    def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="constant", refine=None, progress=iter, cfg_skip=0.0):
+    def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="constant", refine=None, progress=iter, cfg_skip=0.0, move_null=False):
         """Tokens (B, N, D) of classes y (B,): Algorithm 1, with the images' own noise (ImageNoise).
 
         cfg_schedule: 'constant', or 'linear' from 1 at the first patch to cfg_scale at the last.
         cfg_skip: the head does without the null branch where the scale is within this of 1; 0 is exact.
-        refine: None or a function (i, c (B, 1, C), inverse) -> c. progress wraps the range of AR steps (tqdm).
+        refine: None or a function (i, c (B, 1, C), inverse) -> c; move_null: guidance's null condition moves along.
+        progress wraps the range of AR steps (tqdm).
         """
         cfg, B, N = self.cfg, len(y), self.cfg.n_tokens
         guided = cfg_scale != 1.0
@@ -493,7 +495,7 @@ class AR(Generator):
             pos = torch.full((B, 1), i, device=y.device)
             scale = guidance_at(cfg_schedule, cfg_scale, (i + 1) / N)
             c_null = c_null if abs(scale - 1) > cfg_skip else None                      # the transformer's is needed later: its cache
-            x = self.draw_patches(i, N, c, c_null, scale, sampler, noise, pos, refine)  # lines 3-9
+            x = self.draw_patches(i, N, c, c_null, scale, sampler, noise, pos, refine, move_null)     # lines 3-9
             tokens.append(x)                                                            # line 10
             h = self.x_proj(torch.cat([x, x]) if guided else x)
         return torch.cat(tokens, dim=1)
@@ -656,7 +658,7 @@ class MAR(Generator):
 
     @torch.no_grad()
     def generate(self, y, noise, sampler, cfg_scale=1.0, cfg_schedule="linear", refine=None, progress=iter,
-                 cfg_skip=0.0, num_iter=None, order=None, x=None, n_known=0):
+                 cfg_skip=0.0, move_null=False, num_iter=None, order=None, x=None, n_known=0):
         """Tokens (B, N, D) of classes y (B,) in num_iter steps (default N) of a cosine schedule.
 
         cfg_skip: steps whose guidance scale is within this of 1 do without the null branch; 0 is exact.
@@ -678,7 +680,7 @@ class MAR(Generator):
             twice = (lambda z: torch.cat([z, z])) if both else (lambda z: z)
             c = self.step_conditions(twice(gather(x, order[:, :a])), twice(order[:, :a]), labels if both else y, twice(pos))
             c, c_null = c.split(B) if both else (c, None)
-            patches = self.draw_patches(i, len(steps), c, c_null, scale, sampler, noise, pos, refine)
+            patches = self.draw_patches(i, len(steps), c, c_null, scale, sampler, noise, pos, refine, move_null)
             x.scatter_(1, pos[..., None].expand(-1, -1, D), patches)
         return x
 

@@ -542,7 +542,7 @@ class Refiner:
     # CHOICE(orders): a group may be a (class, order) pair, since a MAR condition depends on which patches are known;
     # alternative: orders pooled in one group; the caller's choice of `group`
     # CHOICE(guidance): the caller passes conditional rows only: null conditions have no ideal distribution by class;
-    # alternative: a group for the null class; the caller's choice of rows
+    # alternative: the null condition moves along with the conditional one; the caller's choice
 
     LAYOUT = 2                                  # of state_dict: a file of another one has to be calibrated anew
 

@@ -51,6 +51,7 @@ class Recipe:
     ref_split: str = "train"
     n_cal: int = 0                      # images per class and order that calibrate frozen mode; 0: twice as many as targets, at least 200
     cfg_skip: float = 0.0               # no null branch in the head (mar: at all) where the guidance scale is within this of 1
+    move_null: bool = False             # the null condition moves along with the refined one
 
     def calibration_images(self, m):
         """Images per class and order that calibrate frozen mode with m targets."""
@@ -156,6 +157,7 @@ class Drawer:
         if refine is not None:
             whole = recipe.inverse == "full"
             options["refine"] = lambda i, c, inverse: refine(i, c, lambda c: inverse(c, full=whole))
+            options["move_null"] = recipe.move_null
         with torch.no_grad(), amp(self.device):
             return self.model.generate(y.to(self.device), noise, recipe.sampler, **options)
 
@@ -287,6 +289,7 @@ def add_drawing_flags(p):
     r.add_argument("--pooled", action="store_true", default=None, help="one transport problem for all classes")
     r.add_argument("--biased", dest="debias", action="store_false", default=None, help="entropic map without debiasing")
     r.add_argument("--explicit", dest="implicit", action="store_false", default=None, help="explicit instead of implicit JKO steps")
+    r.add_argument("--move_null", action="store_true", help="the null condition of guidance moves along, so that guidance does not multiply the displacement")
     r.add_argument("--coupled", action="store_true", help="literal Algorithm 1: plans between the images of a batch")
     r.add_argument("--target", choices=("teacher", "buffer"), default="teacher",
                    help="ideal conditions: those of real images, or those that training met last (needs train.py --buffer)")
@@ -308,7 +311,7 @@ def make_recipe(args, kind, x0_bound):
     bound = x0_bound if args.x0_bound is None else args.x0_bound or None
     sampler = Sampler(args.solver, args.steps, args.steps_late, args.ddim_eta, args.temperature, bound)
     return Recipe(sampler, args.cfg_scale, args.cfg_schedule, args.num_iter, refine, args.inverse, orders, args.target, args.m,
-                  args.ref_split, args.n_cal, args.cfg_skip)
+                  args.ref_split, args.n_cal, args.cfg_skip, args.move_null)
 
 
 def newest_run(root="out"):

@@ -237,6 +237,22 @@ def test_conditions_met_in_generation_equal_teacher_forcing_on_the_result(name, 
     assert relative(seen, want) < 1e-5                                              # fp32, other summation order
 
 
+@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
+def test_the_null_condition_moves_along_with_the_refined_one_only_if_asked(name, monkeypatch):
+    m, y = tiny(name), torch.tensor([1, 4, 9])
+    met = []
+    monkeypatch.setattr(m.diffloss, "draw", lambda c, c_null, *rest: met.append((c, c_null)) or torch.zeros(3, c.shape[1], m.cfg.token_dim))
+    for refine, move_null in ((None, False), (0.5, False), (0.5, True)):
+        hook = refine and (lambda i, c, inverse: c + refine)
+        m.generate(y, ImageNoise(0, range(3)), Sampler("ddim", 3), 2.0, refine=hook, move_null=move_null)
+    n = len(met) // 3
+    for (c, null), (c1, null1), (c2, null2) in zip(met[:n], met[n:], met[2 * n:]):      # the patches are all zeros: equal contexts
+        assert torch.equal(c1, c + 0.5) and torch.equal(c2, c1) and torch.equal(null1, null)
+        assert (null2 - null - 0.5).abs().max() < 1e-6
+    m.generate(y, ImageNoise(0, range(3)), Sampler("ddim", 3), 1.0, refine=lambda i, c, inverse: c + 0.5, move_null=True)
+    assert met[-1][1] is None, "without guidance there is no null condition to move"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keys_and_values_are_kept_in_the_dtype_in_which_they_are_computed(dtype):
     m, caches = tiny("gpt-tiny"), []

@@ -603,7 +603,7 @@ def test_another_setting_is_another_result(trained, cache, capsys, tmp_path):
     key = lambda row, seed=0, **changes: ablate.result_key(row, source, seed, type(args)(**{**vars(args), **changes}))
     others = [key(row), key(row, 1), key(row, n=20), key(row, n_cal=9), key(row._replace(coupled=True)), key(row._replace(apart=3)),
               key(row._replace(coupled=True, mixed=2)), key(row._replace(recipe=ablate.refined(K=3))), key(row._replace(calibration=1)),
-              key(row._replace(recipe=ablate.plain())), key(row._replace(recipe=ablate.refined(m=10))),
+              key(row._replace(drawer=ablate.Shuffled)), key(row._replace(recipe=ablate.refined(move_null=True))), key(row._replace(recipe=ablate.plain())), key(row._replace(recipe=ablate.refined(m=10))),
               key(row._replace(recipe=ablate.plain(cfg_scale=2.0)))]
     assert len(set(others)) == len(others)
     assert key(row._replace(group="g", name="n", x=1)) == key(row), "names do not matter"
@@ -619,6 +619,36 @@ def test_tuning_sets_hold_no_held_out_image(name):
     assert train <= of(whole.train) and min(len(reference), len(train)) > 600
     if name == "digits":
         assert len(train | reference) == len(of(whole.train)), "nothing is lost"
+
+
+def test_the_shuffled_control_moves_images_by_the_displacements_of_their_class(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(sample.Drawer, "_draw", lambda self, y, index, seed, slot, refine, inpaint=None: seen.update(refine=refine))
+    y = torch.arange(60) % 3
+    drawer = ablate.Shuffled(models.build(models.preset("gpt-tiny", token_dim=16, grid=4, num_classes=3)), sample.Recipe(), range(3))
+    drawer._draw(y, list(range(60)), -1, None, lambda i, c, inverse: c + torch.arange(60.)[:, None, None])
+    c = torch.full((60, 1, 2), 7.0)
+    taken = (seen["refine"](0, c, None) - c)[:, 0, 0].long()
+    assert torch.equal(taken.sort().values, torch.arange(60)), "each displacement is used once"
+    assert torch.equal(y[taken], y) and (taken != torch.arange(60)).sum() > 40
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
+def test_the_oracle_draws_each_patch_under_the_condition_of_a_real_image_of_its_class(name, monkeypatch):
+    model = models.build(models.preset(name, token_dim=16, grid=4, num_classes=3)).eval()
+    drawer = ablate.Ideal(model, sample.Recipe(sample.Sampler(steps=2), cfg_scale=1.5), range(3))
+    real = torch.randn(3, 40, 16, 16)
+    drawer.tokens_of = lambda y, m: real[y]
+    monkeypatch.setattr(model.diffloss, "draw", lambda c, c_null, *rest: (c, c_null))
+    y, index = torch.arange(30) % 3, list(range(30))
+    (c, null), (other, _) = drawer(y, index, 0), drawer(y, index, 1)
+    with torch.no_grad():
+        ideal = torch.stack([model.conditions(real[k], torch.full((40,), k)) for k in range(3)])
+        unknown = model.conditions(real[2], torch.full((40,), 3))
+    near = (c[:, None] - ideal[y]).abs().amax((2, 3))                                   # (30, 40)
+    assert near.amin(1).max() < 1e-4 and len(set(zip(y.tolist(), near.argmin(1).tolist()))) == 30, "30 different images"
+    assert (null[2] - unknown).abs().amax((1, 2)).min() < 1e-4
+    assert not torch.equal(c, other), "another seed, other images"
 
 
 def test_every_row_fits_its_model_and_the_full_profile_holds_the_quick_one(trained):
