@@ -102,7 +102,7 @@ def ablation(full):
         Row("parts", "gaussian+sinkhorn", "ar", refined()),
         Row("parts", "gaussian+sinkhorn, coupled", "ar", refined(), coupled=True),
         Row("parts", "displacements shuffled", "ar", refined(), drawer=Shuffled),
-        *(Row("ideal conditions", kind.upper(), kind, plain(), drawer=Ideal) for kind in ("ar", "mar")),
+        *(Row("ideal conditions", f"{kind.upper()}, ideal conditions", kind, plain(), drawer=Ideal) for kind in ("ar", "mar")),
         # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1(x_hat)
         Row("parts", "inverse term alone", "ar", refined(method="mean", K=1, eta=5e-4, lam=1000.0)),
         Row("parts", "inverse term added", "ar", refined(lam=0.1)),
