@@ -808,7 +808,7 @@ def pairs_grid(path, above, below, columns):
 
 def failure_grid(args, source, recipe, drawer, judge, columns=10, rows=2):
     """The same seed without refinement above with it. The rule: the largest drops of log p(true class) of the classifier."""
-    plain = source.drawer(replace(recipe, refine=RefineConfig(method="none")))
+    plain = source.drawer(replace(recipe, refine=RefineConfig(method="none"), move_null=False))
     (before, labels, _), (after, _, _) = (source.draw(d, args.n, args.seeds[0], args.batch_size) for d in (plain, drawer))
     net = make_extractor("classifier", judge.real, judge.device, cache=args.cache, seed=args.seed)
     logits = [extract(net, x, labels, device=judge.device).logits for x in (before, after)]

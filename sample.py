@@ -82,6 +82,8 @@ class Drawer:
         if recipe.cfg_scale != 1 and model.cfg.class_dropout == 0:
             raise ValueError(f"--cfg_scale {recipe.cfg_scale:g}: this model was trained with --class_dropout 0, so it has no null branch to guide by; "
                              "use --cfg_scale 1")
+        if recipe.move_null and (recipe.cfg_scale == 1 or not recipe.refined):
+            raise ValueError(f"--move_null with --cfg_scale {recipe.cfg_scale:g} and --refine {recipe.refine.method}: it needs guidance and refinement")
         if recipe.refined and kind == "cdm":
             raise ValueError("--refine: a cdm model has one fixed condition per image and no AR chain, so there is nothing to refine")
         if recipe.refined and recipe.refine.lam > 0 and not model.cfg.inverse:
@@ -422,26 +424,28 @@ def batches(labels, index, size, whole):
 
 
 def draw_images(model, tokeniser, recipe, labels, mine, args, state, path, rank, world):
-    """uint8 (len(mine), H, W, ch): the images `mine` (class by class) of this rank, round by round."""
+    """uint8 (len(mine), H, W, ch): the images `mine` (class by class) of this rank, round by round; and the seconds of preparing refinement."""
     facts, chief = state["data"], rank == 0
     inpaint = read_inpaint(args, facts, model.cfg.kind, tokeniser, next(model.parameters()).device) if args.inpaint else None
     images = np.empty((len(mine), facts["size"], facts["size"], facts["channels"]), dtype=np.uint8)
     rounds = class_rounds(labels[mine].unique().tolist(), model, recipe, args.refine_memory, chief)
-    alone, tokens_of, done = world == 1 and len(rounds) == 1, lazy_references(args, state), 0
+    alone, tokens_of, done, prepared = world == 1 and len(rounds) == 1, lazy_references(args, state), 0, 0.0
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=None if chief else True) as bar:
         for classes in rounds:
             every = range(len(facts["class_names"]))
             # few classes: calibrate all of them, so that one calibration serves any --classes
             drawer = Drawer(model, recipe, every if alone and len(every) <= 50 else classes)
             if recipe.refined and classes:
+                began = time.time()
                 prepare_refinement(drawer, args, state, path, tokens_of, keep=alone)
+                prepared += time.time() - began
             now = mine[torch.isin(labels[mine], torch.tensor(classes))]
             for part in batches(labels, now, args.batch_size, recipe.refined and args.coupled) if len(now) else ():
                 x = drawer(labels[part], part.tolist(), args.seed, inpaint)
                 images[done:done + len(part)] = to_uint8(tokeniser.decode(unpatchify(x, 1)))
                 done += len(part)
                 bar.update(len(part))
-    return images
+    return images, prepared
 
 
 def merge(images, mine, n, out, rank, world):
@@ -492,12 +496,13 @@ def main():
     # a class stays on one rank if it is calibrated or coupled; else images are dealt out evenly
     mine = index[labels[index].unique_consecutive(return_inverse=True)[1] % world == rank] if recipe.refined else index.tensor_split(world)[rank]
     began = time.time()
-    images = merge(draw_images(model, tokeniser, recipe, labels, mine, args, state, path, rank, world), mine, n, out, rank, world)
+    images, prepared = draw_images(model, tokeniser, recipe, labels, mine, args, state, path, rank, world)
+    images = merge(images, mine, n, out, rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
         return
-    seconds = time.time() - began
+    seconds = time.time() - began - prepared
     if out.suffix == ".npz":
         np.savez_compressed(out, arr_0=images, arr_1=labels.numpy())
     else:

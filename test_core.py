@@ -1025,6 +1025,8 @@ def bad_sample(tmp, runs):
         "suffix": ([*gpt, "--out", tmp / "x.jpg"], ".png or .npz"),
         "folder": ([*gpt, "--out", tmp / "no" / "x.png"], "no folder"),
         "exists": ([*gpt, "--out", black], "--overwrite"),
+        "null branch without guidance": ([*gpt, "--refine", "mean", "--cfg_scale", "1", "--move_null"], "needs guidance and refinement"),
+        "null branch without refinement": ([*gpt, "--move_null"], "needs guidance and refinement"),
         "num_iter for AR": ([*gpt, "--num_iter", "4"], "only mar"),
         "num_iter too large": ([*mar, "--num_iter", "17"], "at most one step per token"),
         "inpaint with AR": ([*gpt, "--inpaint", black, "--mask", black], "needs a mar model"),
