@@ -136,6 +136,7 @@ def guided():
             *((method, "ar", default(method=method)) for method in ("mean", "meanvar", "knn")),
             *((f"{solver} {n} {how}", "ar", draw(Sampler(solver, n))) for solver, n in few for how, draw in (("none", none), ("default", default))),
             ("scale 1.25, ddpm 100 none", "ar", plain(Sampler("ddpm", 100), 1.25)),         # the best of what is not refined
+            ("temperature 1.2 none", "ar", none(Sampler(temperature=1.2))),                  # variety by noise; the best for this scale
             ("scale 1.25, dpm++ 10 none", "ar", plain(Sampler("dpm++", 10), 1.25)),
             ("scale 1.25, dpm++ 10 default", "ar", refined(Sampler("dpm++", 10), 1.25)),
             ("CDM", "cdm", none()), ("MAR", "mar", none()), ("MAR, one order", "mar", none(orders=1)),
