@@ -300,7 +300,8 @@ def measure_row(row, run, judge, floor, args, todo):
         return
     recipe, device = fill(row.recipe, run, args), judge.device
     drawer = run.drawer(recipe, row.drawer)
-    drawer.tokens_of = tokens_of = reference_tokens(run.facts, recipe.ref_split, run.data_dir)
+    if recipe.refined or row.drawer is not Drawer:
+        drawer.tokens_of = tokens_of = reference_tokens(run.facts, recipe.ref_split, run.data_dir)
     judge = judge.against(judge.real.with_targets(recipe, row.apart))
     peak_mb(device, reset=True)
     began = time.perf_counter()
