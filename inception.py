@@ -1,9 +1,10 @@
 """Inception-v3 as published FID numbers use it (graph of 2015-12-05): network, resize, weights.
 
-An extractor of evaluate.py: images uint8 (N, H, W, C) -> pool features (N, 2048), logits (N, 1008) without bias. Names
-and shapes are those of the PyTorch state dict that FID programs share (566 tensors, 95.5 MB), loaded strictly; the
-weights are not included. It is not torchvision's Inception: 1008 logits, average pools that ignore the padding, a max
-pool in the last block, and an input resized as TensorFlow 1 did, without the half-pixel shift.
+A feature space of evaluate.py: images uint8 (N, H, W, C) -> pool features (N, 2048), logits
+(N, 1008) without bias. Names and shapes are those of the PyTorch state dict that FID programs share
+(566 tensors, 95.5 MB), loaded strictly; the weights are not included. It is not torchvision's
+Inception: 1008 logits, average pools that ignore the padding, a max pool in the last block, and an
+input resized as TensorFlow 1 did, without the half-pixel shift.
 
 Szegedy et al. 2015 (arXiv 1512.00567); the state dict: github.com/mseitzer/pytorch-fid, Apache-2.0
 """
@@ -17,12 +18,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
-INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/" + INCEPTION_FILE
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 + INCEPTION_FILE)
 INCEPTION_SHA256 = "6726825d"   # the first digits
 
 
 def resize_tf1(x, size):
-    """Bilinear as TensorFlow 1 did it: source = destination * in / out, no half-pixel shift. x (N, C, H, W) float."""
+    """Bilinear as TensorFlow 1 did it: source = destination * in / out, no half-pixel shift.
+    x (N, C, H, W) float -> (N, C, size, size)."""
     for dim in (2, 3):
         n = x.shape[dim]
         source = torch.arange(size, device=x.device, dtype=torch.float32) * (n / size)
@@ -45,9 +48,10 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
-# An Inception block is a fork: a list of chains whose ends are concatenated. A chain is a list of layers
-# (name, channels, kernel[, stride]), pools and forks. The names are those of the published state dict.
-_POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),    # TensorFlow ignores the padding
+# An Inception block is a fork: a list of chains whose ends are concatenated. A chain is a list of
+# layers (name, channels, kernel[, stride]), pools and forks. The names are those of the published
+# state dict. TensorFlow's average pool ignores the padding.
+_POOLS = {"avg": lambda x: F.avg_pool2d(x, 3, 1, 1, count_include_pad=False),
           "max": lambda x: F.max_pool2d(x, 3, 1, 1), "shrink": lambda x: F.max_pool2d(x, 3, 2)}
 
 
@@ -79,8 +83,8 @@ BLOCKS = {"5b": _block_a(32), "5c": _block_a(64), "5d": _block_a(64),
           "6a": [[("branch3x3", 384, 3, 2)], _dbl(64, 96, 2), ["shrink"]],       # 35 -> 17
           "6b": _block_c(128), "6c": _block_c(160), "6d": _block_c(160), "6e": _block_c(192),
           "7a": [[("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)],          # 17 -> 8
-                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)), ("branch7x7x3_3", 192, (7, 1)),
-                  ("branch7x7x3_4", 192, 3, 2)], ["shrink"]],
+                 [("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
+                  ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)], ["shrink"]],
           "7b": _block_e("avg"), "7c": _block_e("max")}
 
 
@@ -89,7 +93,8 @@ class Mixed(nn.Module):
         super().__init__()
         self.fork, self.c_out = fork, self._add(fork, c_in)
 
-    def _add(self, fork, c_in):                                # registers the layers; returns the width after them
+    def _add(self, fork, c_in):
+        """Registers the layers; returns the width after them."""
         width = 0
         for chain in fork:
             c = c_in
@@ -135,24 +140,29 @@ class Inception(nn.Module):
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))        # (N, 192, 71, 71)
         x = F.max_pool2d(x, 3, 2)                                                # (N, 192, 35, 35)
         for name in BLOCKS:
-            x = getattr(self, "Mixed_" + name)(x)                                # at last (N, 2048, 8, 8)
+            x = getattr(self, "Mixed_" + name)(x)     # at last (N, 2048, 8, 8)
         x = x.mean((2, 3))
-        return x, x @ self.fc.weight.T                                           # the published score omits the bias
+        return x, x @ self.fc.weight.T     # the published score omits the bias
 
 
 def load_inception(path):
-    """The network with the published weights. FileNotFoundError, ValueError: the file is missing, or not that file."""
+    """The network with the published weights.
+
+    FileNotFoundError, ValueError: the file is missing, or not that file."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"no Inception weights at {path}: download {INCEPTION_URL} (95.5 MB, sha256 "
-                                f"{INCEPTION_SHA256}...) and give --weights PATH; or use --features classifier or pixels")
+        raise FileNotFoundError(f"no Inception weights at {path}: download {INCEPTION_URL} "
+                                f"(95.5 MB, sha256 {INCEPTION_SHA256}...) and give --weights PATH; "
+                                "or use --features classifier or pixels")
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
-        print(f"warning: {path} has sha256 {digest[:8]}..., the published weights {INCEPTION_SHA256}...: "
-              "the numbers are not comparable with published ones", file=sys.stderr)
+        print(f"warning: {path} has sha256 {digest[:8]}..., the published weights "
+              f"{INCEPTION_SHA256}...: the numbers are not comparable with published ones",
+              file=sys.stderr)
     net = Inception().eval().requires_grad_(False)
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    except Exception as e:                                    # pickle, zip, key and shape errors: all the same to the user
-        raise ValueError(f"{path} is not the state dict {INCEPTION_FILE}: {' '.join(str(e).split())[:200]}") from e
+    except Exception as e:              # pickle, zip, key and shape errors: all one to the user
+        why = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} is not the state dict {INCEPTION_FILE}: {why}") from e
     return net

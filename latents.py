@@ -1,16 +1,21 @@
-"""The latent cache: images encoded once by KL-16, then read by memory map as long as you train.
+"""Latents instead of pixels: images encoded once by KL-16 (vae.py), then read by memory map.
 
-    manifest.json    what the cache was made for and from, class names, scale, std, shards; it is there = all is there
-    index.npy        (n, 2) int32: class and split (1 = held out) of image k, in the order of the shards
-    00000.npy ...    (<= SHARD, 2, 2z, h, w) float16 moments = cat(mean, logvar) of each image and of its mirror image
-    00000.json       what a shard was made for, and which of its files cannot be read; it is there = the shard is whole
+    manifest.json    what the cache was made for and from, class names, scale, shards; it is there =
+                     all is there
+    index.npy        (n, 2) int32: class and split (1 = held out) of image k, in the shards' order
+    00000.npy ...    (<= SHARD, 2, 2z, h, w) float16 moments = cat(mean, logvar) of each image and
+                     of its mirror image
+    00000.json       what a shard was made for, and which of its files cannot be read; it is there =
+                     the shard is whole
 
-Every file is written beside its place and renamed, so that a killed run goes on where it was. Under torchrun each
-rank encodes its own shards of the one plan (the folder must be shared); ranks wait for each other by files, because
-encoding takes longer than a collective may. float16 rounds means of size 4 by .002, far below the posterior's noise.
-ImageNet at 256 (1.28 million images) takes 42 GB, at 512 168 GB.
+Every file is written beside its place and renamed, so that a killed run goes on where it was.
+Under torchrun each rank encodes its own shards of the one plan (the folder must be shared); ranks
+wait for each other by files, because encoding takes longer than a collective may. float16 rounds
+means of size 4 by .002, far below the posterior's noise. ImageNet (1.28 million images) takes 42 GB
+at 256 and 168 GB at 512. MAR's own cache, one npz per image, is read as it is.
 
-MAR's own cache, one npz per image, is read as it is. Not here: which images, and their crop (data.py).
+`load` is what data.load calls for ImageNet and for any folder with a VAE; `open_vae` gives the VAE
+of a checkpoint. Not here: which images, and their crop (data.py).
 """
 import hashlib
 import json
@@ -24,11 +29,126 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 from diffloss import ImageNoise
-from vae import latent_scale, posterior
+from vae import KL16, KL16_SCALE, latent_scale, load_kl16, posterior
 
 SHARD = 8192                     # images a shard, 270 MB at 256x256: what a kill costs at most
 BOUND_STDS = 5.0
+CROP = "halve, bicubic, centre"
+
+
+# ---------------------------------------------------------------- the data set
+
+class Planned:
+    """A split of which only the size is known, for --dry-run."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+
+def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
+    """The data.Data of a set of latents, encoded on `device` into cache_dir unless they are there.
+
+    data_dir: images in class folders, MAR's npz files in class folders, or a finished cache.
+    vae: the path of kl16.ckpt. plan: describe the set only; nothing is encoded, and images, cache
+    and VAE need not be there. Raises ValueError for a bad size, path or file.
+    """
+    if vae is None and not plan:
+        raise ValueError(f"--dataset {name} trains on latents: it needs --vae kl16.ckpt, and "
+                         "--data_dir <ImageNet> with train/ and val/, or its train folder, or a "
+                         "cache of latents")
+    if patch != 1:
+        raise ValueError(f"--patch {patch}: a latent is one token; use --patch 1 with --vae")
+
+    with torch.device("meta" if vae is None else "cpu"):
+        net = KL16() if vae is None else load_kl16(vae, device=device)
+    if size % net.stride:
+        raise ValueError(f"--size {size} must be a multiple of the VAE's stride {net.stride}")
+    fingerprint = None if vae is None else net.fingerprint()
+    root = cache_of(name, data_dir, size, cache_dir)
+
+    # others than ImageNet take 1 / std of their own latents
+    scale = KL16_SCALE if name.startswith("imagenet") else None
+    if plan and (vae is None or not (root / "manifest.json").exists()):
+        found = describe(name, data_dir, scale)
+    elif data_dir and is_mar_cache(data_dir):
+        found = load_mar_cache(data_dir, size // net.stride, scale, net.channels)
+    else:
+        made_for = {"vae": fingerprint, "crop": CROP, "size": size}
+        found = load_cache(root, made_for, name, data_dir, scale, net, max_bad)
+    train, heldout, names, measured = found
+    if not len(train) or not len(heldout):
+        raise ValueError(f"{len(train)} training and {len(heldout)} held-out images: at least one "
+                         "of each is needed")
+
+    net.scale = measured["scale"] or net.scale
+    facts = {"dataset": name, "size": size, "channels": 3, "patch": 1, "n_train": len(train),
+             "n_heldout": len(heldout), "class_names": names, "x0_bound": measured["x0_bound"],
+             "data_dir": data_dir and str(data_dir), "cache_dir": str(root),
+             "vae": {**measured, "fingerprint": fingerprint}}
+    return data.Data(name, train, heldout, names, size, channels=3, patch=1,
+                     x0_bound=measured["x0_bound"], facts=facts, vae=net)
+
+
+def open_vae(facts, path=None, device="cpu"):
+    """The KL16 at `path`; ValueError if it is not that of a checkpoint's data facts."""
+    made_by = facts["vae"]
+    if path is None:
+        raise ValueError("this checkpoint models the latents of a VAE: give --vae kl16.ckpt to "
+                         "decode them")
+    net = load_kl16(path, made_by["scale"], device)
+    if made_by["fingerprint"] not in (None, net.fingerprint()):          # None: MAR's own weights
+        raise ValueError(f"--vae {path} has fingerprint {net.fingerprint()[:16]}, but the "
+                         f"checkpoint was trained on latents of {made_by['fingerprint'][:16]}; "
+                         "give the VAE of its training")
+    return net
+
+
+def cache_of(name, data_dir, size, cache_dir):
+    """The folder of the cache: data_dir itself if it is a finished one, or MAR's."""
+    if data_dir and ((Path(data_dir) / "manifest.json").exists() or is_mar_cache(data_dir)):
+        return Path(data_dir)
+    own = f"-{Path(data_dir).name}-{size}" if name == "folder" and data_dir else ""
+    return Path(cache_dir or f"cache/{name}{own}")
+
+
+def images_of(name, data_dir):
+    """data.list_images with the share that is held out where there is no val folder."""
+    return data.list_images(data_dir, heldout_share=0.1 if name == "folder" else 0.01)
+
+
+def describe(name, data_dir, scale):
+    """What is known of a set before its latents are made."""
+    if data_dir:
+        files, names = images_of(name, data_dir)
+        n_held = sum(held for _, _, held in files)
+        n_train = len(files) - n_held
+    else:
+        names, n_train, n_held = [n for _, n in data.imagenet_classes()], 1_281_167, 50_000
+    measured = {"scale": scale, "std": None, "x0_bound": None, "beyond": None}
+    return Planned(n_train), Planned(n_held), names, measured
+
+
+def load_cache(root, made_for, name, data_dir, scale, net, max_bad):
+    """What read_cache gives of the cache at root, which is made if there is none."""
+    images = data_dir if data_dir and Path(data_dir) != root else None
+    found = None
+    if images and name == "folder":                  # ImageNet does not change, and is slow to list
+        found = images_of(name, images)
+        made_for = {**made_for, "files": files_digest(found[0])}
+    if not (root / "manifest.json").exists():
+        if images is None:
+            raise ValueError(f"no latent cache at {root} and no --data_dir to make it from: "
+                             "expected a folder with one folder per class, or a cache")
+        files, names = found or images_of(name, images)
+        made_for = {**made_for, "files": files_digest(files)}
+        read = lambda path: data.read_image(path, made_for["size"])
+        build(root, files, names, read, net, made_for, scale, max_bad)
+    return read_cache(root, made_for)
 
 
 # ---------------------------------------------------------------- writing
@@ -48,43 +168,51 @@ def save_json(path, value):
 
 
 def check_made_for(root, found, wanted):
-    """ValueError in one line if the cache at root was made for something else than wanted (a dict; found may hold more)."""
-    differs = [f"{k} {str(found.get(k))[:20]} -> {str(v)[:20]}" for k, v in wanted.items() if found.get(k) != v]
+    """ValueError in one line if the cache was made for something else than `wanted` (a dict)."""
+    differs = [f"{key} {str(found.get(key))[:20]} -> {str(value)[:20]}"
+               for key, value in wanted.items() if found.get(key) != value]
     if differs:
-        raise ValueError(f"the latent cache {root} was made with another {', '.join(differs)} (cache -> now); "
-                         "choose another --cache_dir, or delete this one to encode anew")
+        raise ValueError(f"the latent cache {root} was made with another {', '.join(differs)} "
+                         "(cache -> now); choose another --cache_dir, or delete this one to encode "
+                         "anew")
 
 
 def files_digest(files):
-    """A short hash of which files, in which order: (path, label, held out)."""
-    return hashlib.sha256("\n".join(f"{Path(p).parent.name}/{Path(p).name} {y} {h}" for p, y, h in files).encode()).hexdigest()[:16]
+    """A short hash of which files, in which order: (path, label, held out), and of their sizes."""
+    lines = [f"{p.parent.name}/{p.name} {p.stat().st_size} {y} {held}" for p, y, held in files]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.01):
-    """Encode files [(path, label, held out)] into the cache at root; returns when all ranks are done.
+    """Encode files [(path, label, held out)] into the cache at root; returns when all ranks have.
 
-    read(path) -> (H, W, 3) uint8, raising OSError or ValueError for a bad file. scale: None computes 1 / std.
-    Raises ValueError where shards of another cache are in the way, or more than max_bad of the files are unreadable.
+    read(path) -> (H, W, 3) uint8, raising OSError or ValueError for a bad file. scale: None
+    computes 1 / std. Raises ValueError where shards of another cache are in the way, or more than
+    max_bad of the files are unreadable.
     """
-    root, rank, world = Path(root), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     root.mkdir(parents=True, exist_ok=True)
     parts = [files[k:k + SHARD] for k in range(0, len(files), SHARD)]
     note = lambda number: root / f"{number:05d}.json"
     for old in root.glob("[0-9]*.json"):
         check_made_for(root, json.loads(old.read_text())["made_for"], made_for)
+
     todo = [k for k in range(rank, len(parts), world) if not note(k).exists()]
     if rank == 0:
-        print(f"encoding {len(files)} images and their mirror images into {root} ({len(parts)} shards, {world} processes)")
-    with tqdm(total=sum(len(parts[k]) for k in todo), desc="encoding", unit="image", disable=rank > 0,
-              mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
+        print(f"encoding {len(files)} images and their mirror images into {root} "
+              f"({len(parts)} shards, {world} processes)")
+    with tqdm(total=sum(len(parts[k]) for k in todo), desc="encoding", unit="image",
+              disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
         for k in todo:
             bad = write_shard(root / f"{k:05d}.npy", parts[k], read, vae, bar)
             save_json(note(k), {"made_for": made_for, "bad": bad})
+
+    # torchrun ends all ranks when one dies
     waiting = [note(k) for k in range(len(parts))] if rank == 0 else [root / "manifest.json"]
-    while not all(file.exists() for file in waiting):                    # torchrun ends all ranks when one dies
+    while not all(file.exists() for file in waiting):
         time.sleep(0.2)
     if rank == 0:
-        finish(root, parts, class_names, vae, made_for, scale, max_bad)
+        finish(root, parts, class_names, made_for, scale, max_bad)
 
 
 def write_shard(path, files, read, vae, bar):
@@ -95,10 +223,11 @@ def write_shard(path, files, read, vae, bar):
         good = [torch.from_numpy(image) for image in batch if not isinstance(image, str)]
         if good:
             images = torch.stack(good).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            both = torch.stack([vae.moments(images), vae.moments(images.flip(-1))], dim=1).half().cpu()
-            if not both.isfinite().all():
-                raise ValueError(f"the VAE gave moments beyond float16 for images of {path}: is it the right file?")
-            done.append(both)
+            both = torch.stack([vae.moments(images), vae.moments(images.flip(-1))], dim=1)
+            if not both.half().isfinite().all():
+                raise ValueError(f"the VAE gave moments beyond float16 for images of {path}: is it "
+                                 "the right file?")
+            done.append(both.half().cpu())
         seen += len(batch)
         bar.update(len(batch))
     moments = torch.cat(done).numpy() if done else np.empty((0, 2), np.float16)
@@ -107,12 +236,16 @@ def write_shard(path, files, read, vae, bar):
 
 
 def read_ahead(files, read, batch=32):
-    """Lists of images in order, a line that says why in place of a bad one; threads read the next list meanwhile."""
+    """Lists of images in order, a line that says why in place of a bad one.
+
+    Threads read the next list meanwhile.
+    """
     def attempt(path):
         try:
             return read(path)
         except (OSError, ValueError, SyntaxError) as error:
             return f"{path}: {error}"
+
     world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // world))) as pool:
         coming = []
@@ -123,34 +256,32 @@ def read_ahead(files, read, batch=32):
             coming = ahead
 
 
-def finish(root, parts, class_names, vae, made_for, scale, max_bad):
-    """Once all shards are there: count what cannot be read, measure the latents, write index and manifest."""
-    bad = [json.loads((root / f"{k:05d}.json").read_text())["bad"] for k in range(len(parts))]
+def finish(root, parts, class_names, made_for, scale, max_bad):
+    """Once all shards are there: name what is unreadable, measure, write index and manifest."""
+    notes = [json.loads((root / f"{k:05d}.json").read_text()) for k in range(len(parts))]
     for left in root.glob("*.tmp"):                                      # by killed processes
         left.unlink()
-    report_unreadable([line for rows in bad for _, line in rows], sum(map(len, parts)), max_bad)
-    index = np.array([(y, h) for part, rows in zip(parts, bad)
-                      for j, (_, y, h) in enumerate(part) if j not in {p for p, _ in rows}], dtype=np.int32).reshape(-1, 2)
-    shards = [{"file": f"{k:05d}.npy", "count": len(part) - len(rows)} for k, (part, rows) in enumerate(zip(parts, bad))]
+    unreadable = [line for note in notes for _, line in note["bad"]]
+    data.report_unreadable(unreadable, sum(map(len, parts)), max_bad)
+
+    index, shards = [], []
+    for k, (part, note) in enumerate(zip(parts, notes)):
+        bad = {position for position, _ in note["bad"]}
+        index += [(y, held) for j, (_, y, held) in enumerate(part) if j not in bad]
+        shards.append({"file": f"{k:05d}.npy", "count": len(part) - len(bad)})
+    index = np.array(index, dtype=np.int32).reshape(-1, 2)
     save_atomic(root / "index.npy", lambda f: np.save(f, index))
-    facts = measure(Shards(root, shards), np.flatnonzero(index[:, 1] == 0), scale)
-    save_json(root / "manifest.json", {"made_for": made_for, **facts, "count": len(index), "shards": shards, "class_names": class_names,
-                                       "unreadable": sum(map(len, bad))})
 
-
-def report_unreadable(lines, total, max_bad):
-    """Name the files that cannot be read; too many are an error."""
-    if lines:
-        print(f"WARNING: {len(lines)} of {total} images cannot be read and are left out:", *lines[:10], sep="\n  ", file=sys.stderr)
-    if len(lines) > max_bad * total:
-        raise ValueError(f"{len(lines)} of {total} images cannot be read (first: {lines[0]}), more than "
-                         f"--max_bad {max_bad:g} allows; repair or remove them")
+    measured = measure(Shards(root, shards), np.flatnonzero(index[:, 1] == 0), scale)
+    save_json(root / "manifest.json",
+              {"made_for": made_for, **measured, "count": len(index), "shards": shards,
+               "class_names": class_names, "unreadable": len(unreadable)})
 
 
 def measure(moments, rows, scale=None, most=4096):
-    """{"scale", "std", "x0_bound", "beyond"} of the scaled latents, from at most `most` of the training rows.
+    """{"scale", "std", "x0_bound", "beyond"} of the scaled latents of at most `most` training rows.
 
-    beyond: share of values outside +-x0_bound.
+    beyond: the share of values outside +-x0_bound.
     """
     if not len(rows):
         raise ValueError("no readable training image: nothing to measure the latents' scale on")
@@ -158,11 +289,15 @@ def measure(moments, rows, scale=None, most=4096):
     sample = torch.from_numpy(np.stack([moments(rows[k], 0) for k in some])).float()
     one_over_std = latent_scale(sample)
     scale = scale or one_over_std
+
     std = scale / one_over_std
-    x = posterior(sample, torch.randn(sample[:, ::2].shape, generator=torch.Generator().manual_seed(0))) * scale
-    # CHOICE(x0_bound): +-5 standard deviations of the data set's tokens: a normal value in two million lies beyond,
-    # and a bound that wide never decides an image, only stops a young head. Alternative: off, as MAR. Flag: --x0_bound.
-    return {"scale": scale, "std": std, "x0_bound": BOUND_STDS * std, "beyond": (x.abs() > BOUND_STDS * std).float().mean().item()}
+    generator = torch.Generator().manual_seed(0)
+    x = posterior(sample, torch.randn(sample[:, ::2].shape, generator=generator)) * scale
+    # CHOICE(x0_bound): +-5 standard deviations of the data set's tokens: a normal value in two
+    # million lies beyond, and a bound that wide never decides an image, only stops a young head.
+    bound = BOUND_STDS * std
+    return {"scale": scale, "std": std, "x0_bound": bound,
+            "beyond": (x.abs() > bound).float().mean().item()}
 
 
 # ---------------------------------------------------------------- reading
@@ -171,15 +306,17 @@ class Shards:
     """moments(k, flip) (2z, h, w) float16 of image k of a cache, by memory map."""
 
     def __init__(self, root, shards):
-        self.arrays = [np.load(Path(root) / s["file"], mmap_mode="r") for s in shards if s["count"]]
-        self.ends = np.cumsum([s["count"] for s in shards if s["count"]])
-        for s, array in zip([s for s in shards if s["count"]], self.arrays):
+        shards = [s for s in shards if s["count"]]
+        self.arrays = [np.load(root / s["file"], mmap_mode="r") for s in shards]
+        self.ends = np.cumsum([s["count"] for s in shards])
+        for s, array in zip(shards, self.arrays):
             if len(array) != s["count"]:
-                raise ValueError(f"{root}/{s['file']} holds {len(array)} images, its manifest says {s['count']}: delete the cache")
+                raise ValueError(f"{root}/{s['file']} holds {len(array)} images, its manifest says "
+                                 f"{s['count']}: delete the cache")
 
     def __call__(self, k, flip):
         shard = int(np.searchsorted(self.ends, k, side="right"))
-        return self.arrays[shard][k - self.ends[shard], int(flip)]       # from the shard's end: negative
+        return self.arrays[shard][k - self.ends[shard], int(flip)]       # negative: from its end
 
 
 class MarFiles:
@@ -192,8 +329,9 @@ class MarFiles:
         try:
             with np.load(self.files[k]) as z:
                 return z["moments_flip" if flip else "moments"]
-        except Exception as error:                                       # zip, pickle, key and OS errors
-            raise ValueError(f"{self.files[k]} is no latent of MAR's cache (npz with moments and moments_flip): {error}") from None
+        except Exception as error:                                       # zip, pickle, key, OS
+            raise ValueError(f"{self.files[k]} is no latent of MAR's cache (npz with moments and "
+                             f"moments_flip): {error}") from None
 
 
 class Latents:
@@ -207,34 +345,53 @@ class Latents:
         return len(self.rows)
 
     def batch(self, indices, key=None):
-        """key = (seed, position of the batch's first image in the run): a fresh flip and posterior noise for each visit,
-        whoever computes it. Without a key: no flip, and noise that belongs to the image."""
+        """key = (seed, position of the batch's first image in the run): a fresh flip and posterior
+        noise for each visit, whoever computes it. Without a key: no flip, and noise that belongs to
+        the image."""
         indices = torch.as_tensor(indices)
         rows = self.rows[indices.numpy()]
         # seeds from 0 up draw images and -1 calibrates: these streams are others
-        noise = ImageNoise(-2, rows) if key is None else ImageNoise(-3 - key[0], range(key[1], key[1] + len(rows)))
+        noise = (ImageNoise(-2, rows) if key is None
+                 else ImageNoise(-3 - key[0], range(key[1], key[1] + len(rows))))
         flip = noise.rand(1)[:, 0] < (0.0 if key is None else 0.5)
-        moments = torch.from_numpy(np.stack([self.moments(k, f) for k, f in zip(rows, flip)])).float()
+        moments = np.stack([self.moments(k, f) for k, f in zip(rows, flip)])
+        moments = torch.from_numpy(moments).float()                      # (B, 2z, h, w)
         channels, h, w = moments.shape[1:]
-        return posterior(moments, noise.randn(channels // 2, h, w)) * self.scale, self.labels[indices]
+        z = posterior(moments, noise.randn(channels // 2, h, w))
+        return z * self.scale, self.labels[indices]
 
     def of_class(self, y, m):
-        """Indices of at most m images of class y, spread over the set."""
-        found = (self.labels == y).nonzero().flatten()
-        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:m]]
+        return data.of_class(self.labels, y, m)
 
 
 def read_cache(root, wanted):
-    """(training Latents, held-out Latents, class names, facts) of a complete cache, None if there is none yet.
+    """(training, held-out Latents, class names, measured) of a complete cache.
 
     Raises ValueError if it was made for something else than wanted (a dict).
     """
-    root = Path(root)
-    if not (root / "manifest.json").exists():
-        return None
     manifest = json.loads((root / "manifest.json").read_text())
     check_made_for(root, manifest["made_for"], wanted)
     moments, index = Shards(root, manifest["shards"]), np.load(root / "index.npy")
-    splits = [Latents(moments, np.flatnonzero(index[:, 1] == s), index[index[:, 1] == s, 0], manifest["scale"]) for s in (0, 1)]
-    facts = {k: manifest[k] for k in ("scale", "std", "x0_bound", "beyond")}
-    return (*splits, manifest["class_names"], {**facts, "fingerprint": manifest["made_for"]["vae"]})
+    splits = [Latents(moments, np.flatnonzero(index[:, 1] == split), index[index[:, 1] == split, 0],
+                      manifest["scale"]) for split in (0, 1)]
+    measured = {key: manifest[key] for key in ("scale", "std", "x0_bound", "beyond")}
+    return (*splits, manifest["class_names"], measured)
+
+
+def is_mar_cache(root):
+    return next(Path(root).glob("*/*.npz"), None) is not None
+
+
+def load_mar_cache(root, grid, scale, channels):
+    """The same of MAR's root/class/*.npz; which VAE made it, it does not say."""
+    files, names = data.list_images(root, (".npz",), heldout_share=0.01)
+    label, held = (np.array([f[k] for f in files]) for k in (1, 2))
+    moments, expected = MarFiles([path for path, _, _ in files]), (2 * channels, grid, grid)
+    shape = moments(0, 0).shape
+    if shape != expected:
+        raise ValueError(f"{files[0][0]} holds moments {shape}, expected {expected}: the cache was "
+                         "made for another size or VAE")
+    measured = measure(moments, np.flatnonzero(held == 0), scale, most=1024)
+    splits = [Latents(moments, np.flatnonzero(held == split), label[held == split],
+                      measured["scale"]) for split in (0, 1)]
+    return (*splits, names, measured)

@@ -1,0 +1,516 @@
+"""Around the core: MAR (masked autoregression), CDM (the whole-image baseline), MAR's weights.
+
+    MAR   any set of known patches -> conditions of all others; random or given generation orders
+    CDM   no chain at all: one transformer denoises every token of an image under its class
+
+Both offer what AR offers (model.py): draw, loss, conditions, generate. Not here: the head and its
+samplers (diffloss.py), refinement (ot_refine.py).
+
+    python mar.py export out/mar mar.pth       a checkpoint of train.py in MAR's own layout
+
+References: MAR arXiv 2406.11838; DiT arXiv 2212.09748 (CDM's blocks). Parameter names are those of
+MAR's released checkpoints, which load as they are (from_mar).
+"""
+import json
+import math
+import os
+import random
+import sys
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+
+from data import Parser, centre_crop, imagenet_classes, patchify, run
+from diffloss import TimeEmbedding, modulate
+from model import (PRESETS, Config, Generator, build, guidance_at, read_checkpoint, rope_2d, rotate,
+                   save_checkpoint)
+from vae import KL16_SCALE, state_problem
+
+
+# ---------------------------------------------------------------- MAR
+
+def gather(x, index):
+    """Rows index (B, n) of x (B, N, C) -> (B, n, C)."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class Block(nn.Module):
+    """Pre-norm ViT block, named as MAR's: LayerNorm eps 1e-6, qkv with bias, exact GELU."""
+
+    def __init__(self, cfg, mlp_ratio=4):
+        super().__init__()
+        d = cfg.n_embd
+        self.norm1, self.norm2 = nn.LayerNorm(d, eps=1e-6), nn.LayerNorm(d, eps=1e-6)
+        self.attn = nn.Module()
+        self.attn.qkv, self.attn.proj = nn.Linear(d, 3 * d), nn.Linear(d, d)
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(d, mlp_ratio * d), nn.Linear(mlp_ratio * d, d)
+        self.n_head, self.dropout = cfg.n_head, cfg.dropout
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def attention(self, h, at=None, angles=None):
+        """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only -> (B, n, C).
+
+        angles: RoPE's cos and sin, each (B or 1, T, head_dim / 2).
+        """
+        heads = lambda z, *n: z.unflatten(-1, (*n, self.n_head, -1))
+        if at is None:
+            q, k, v = heads(self.attn.qkv(h), 3).permute(2, 0, 3, 1, 4)     # (B, H, T, head_dim)
+        else:
+            C = h.shape[-1]
+            (w_q, w_kv), (b_q, b_kv) = (p.tensor_split([C]) for p in self.attn.qkv.parameters())
+            q = heads(F.linear(gather(h, at), w_q, b_q)).transpose(1, 2)    # (B, H, n, head_dim)
+            k, v = heads(F.linear(h, w_kv, b_kv), 2).permute(2, 0, 3, 1, 4)
+
+        if angles is not None:
+            k = rotate(k, *(z[:, None] for z in angles))
+            if at is not None:
+                angles = [gather(z.expand(len(h), -1, -1), at) for z in angles]
+            q = rotate(q, *(z[:, None] for z in angles))
+
+        a = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout * self.training)
+        return self.drop(self.attn.proj(a.transpose(1, 2).flatten(2)))
+
+    def feed_forward(self, h):
+        return self.drop(self.mlp.fc2(self.drop(F.gelu(self.mlp.fc1(h)))))
+
+    def forward(self, h, at=None, angles=None):
+        """h (B, T, C) -> (B, T, C), or (B, n, C) of the tokens `at` (B, n)."""
+        h = (h if at is None else gather(h, at)) + self.attention(self.norm1(h), at, angles)
+        return h + self.feed_forward(self.norm2(h))
+
+
+def truncated_normal(u, mean=1.0, std=0.25, low=0.7, high=1.0):
+    """The u-quantile (0 <= u < 1) of a normal distribution cut to [low, high]: a mask ratio."""
+    cdf = lambda z: 0.5 * (1 + math.erf((z - mean) / std / math.sqrt(2)))
+    p = cdf(low) + u * (cdf(high) - cdf(low))
+    z = torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)).item()
+    return mean + std * math.sqrt(2) * z
+
+
+class MAR(Generator):
+    """Any set of known patches -> conditions of all others; one or several patches a step.
+
+    An `order` (B, N) lists positions as they become known: place j of it is position order[:, j].
+    """
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        d, N, n_class = cfg.n_embd, cfg.n_tokens, cfg.n_class_tokens
+        self.class_emb = nn.Embedding(cfg.num_classes, d)
+        self.fake_latent = nn.Parameter(torch.zeros(1, d))                  # the null class
+        self.z_proj, self.z_proj_ln = nn.Linear(cfg.token_dim, d), nn.LayerNorm(d, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n_class + N, d))
+        self.encoder_blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.encoder_norm = nn.LayerNorm(d, eps=1e-6)
+        self.decoder_embed = nn.Linear(d, d)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n_class + N, d))
+        self.decoder_blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.decoder_norm = nn.LayerNorm(d, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, N, d))
+        if cfg.rope:                                        # every class token stands at (0, 0)
+            for name, z in zip(("cos", "sin"), rope_2d(cfg.grid, d // cfg.n_head)):
+                z = torch.cat([z[:1].expand(n_class, -1), z[1:]])
+                self.register_buffer(name, z[None], persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Xavier for matrices, 0.02 for embeddings; norms, the head and T^-1 keep their own."""
+        for name, p in self.named_parameters():
+            module = self.get_submodule(name.rpartition(".")[0])
+            if name.startswith(("diffloss", "inverse")) or isinstance(module, nn.LayerNorm):
+                continue
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
+            else:
+                nn.init.normal_(p, std=0.02)
+
+    def class_tokens(self, y):
+        """(B, C) embedding of labels y; y == num_classes is the null class."""
+        return torch.cat([self.class_emb.weight, self.fake_latent])[y]
+
+    def step_conditions(self, x_known, known, y, at=None):
+        """c (B, N, C) of all positions, given tokens x_known (B, n, D) at positions known (B, n).
+
+        With `at` (B, m), c of these only: the last block then looks at all tokens but computes
+        these alone, so that one block in 2 n_layer is nearly free.
+        """
+        B, N, n_class = len(y), self.cfg.n_tokens, self.cfg.n_class_tokens
+        first = torch.arange(n_class, device=y.device).expand(B, -1)
+        pos = torch.cat([first, known + n_class], dim=1)                    # (B, n_class + n)
+        everywhere = (self.cos, self.sin) if self.cfg.rope else None
+        angles = everywhere and [gather(z.expand(B, -1, -1), pos) for z in everywhere]
+
+        y_emb = self.class_tokens(y)[:, None].expand(-1, n_class, -1)
+        h = torch.cat([y_emb, self.z_proj(x_known)], dim=1)                 # (B, n_class + n, C)
+        h = self.z_proj_ln(h + gather(self.encoder_pos_embed_learned.expand(B, -1, -1), pos))
+        for block in self.encoder_blocks:
+            h = block(h, None, angles)
+        h = self.decoder_embed(self.encoder_norm(h))
+
+        full = self.mask_token.to(h.dtype).expand(B, n_class + N, -1)
+        h = full.scatter(1, pos[..., None].expand(-1, -1, h.shape[-1]), h)  # (B, n_class + N, C)
+        h = h + self.decoder_pos_embed_learned
+        for block in self.decoder_blocks[:-1]:
+            h = block(h, None, everywhere)
+        if at is None:
+            h = self.decoder_norm(self.decoder_blocks[-1](h, None, everywhere))[:, n_class:]
+            return h + self.diffusion_pos_embed_learned
+        h = self.decoder_norm(self.decoder_blocks[-1](h, at + n_class, everywhere))
+        return h + gather(self.diffusion_pos_embed_learned.expand(B, -1, -1), at)
+
+    def draw(self, n, generator):
+        """All randomness of a training step: an order, one mask ratio for all, and the head's."""
+        cfg, device = self.cfg, generator.device
+        # of the step, not of the image, so that every process masks as many
+        u = random.Random(generator.initial_seed()).random()
+        ratio = truncated_normal(u, std=cfg.mask_std, low=cfg.mask_min)
+        masked = max(1, math.ceil(ratio * cfg.n_tokens))
+        order = torch.rand(n, cfg.n_tokens, generator=generator, device=device).argsort(1)
+        return {"order": order, **super().draw(n, generator, masked)}
+
+    def loss(self, x, y, draws):
+        order, n = draws["order"], draws["t"].shape[1]
+        known, masked = order[:, :-n], order[:, -n:]
+        y = self.with_null(y, draws["drop"])
+        c = self.step_conditions(gather(x, known), known, y)
+        return self.head_loss(gather(x, masked), gather(c, masked), masked, draws)
+
+    forward = loss                                                          # what DDP calls
+
+    def places(self, num_iter=None, n_known=0):
+        """[(a, b)] per AR step of a cosine schedule: places a .. b - 1 of the order appear in it.
+
+        num_iter: default N, one patch a step; steps left without a patch are dropped, as are the
+        first n_known places, which are known.
+        """
+        N = self.cfg.n_tokens
+        num_iter, ends = num_iter or N, [0]
+        for s in range(1, num_iter):
+            left = math.floor(N * math.cos(math.pi / 2 * s / num_iter))
+            ends.append(N - max(1, min(N - ends[-1] - 1, left)))
+        ends = [max(end, n_known) for end in (*ends, N)]
+        return [(a, b) for a, b in zip(ends, ends[1:]) if b > a]
+
+    def conditions(self, x, y, order=None, num_iter=None):
+        """Teacher-forced c (B, N, C) by place: c[:, j] is that of position order[:, j] at its step.
+
+        order (B, N): default raster; num_iter: steps, default N (one patch a step).
+        """
+        if order is None:
+            order = torch.arange(self.cfg.n_tokens, device=x.device).expand(len(x), -1)
+        return torch.cat([self.step_conditions(gather(x, order[:, :a]), order[:, :a], y,
+                                               order[:, a:b])
+                          for a, b in self.places(num_iter)], dim=1)
+
+    @torch.no_grad()
+    def generate(self, y, noise, cfg_scale=1.0, refine=None, on_condition=None, cfg_schedule=None,
+                 num_iter=None, order=None, x=None, fill=None, **sampling):
+        """Tokens (B, N, D), by position, of classes y (B,): Algorithm 1.
+
+        num_iter: steps of the cosine schedule, default N. order (B, N): default drawn from `noise`.
+        cfg_schedule: linear (default, as in MAR: from 1 to cfg_scale with the share of known
+        patches) or constant. refine(i, c (B, C), y) -> c and on_condition(i, c, refined) get each
+        place i of the order on its own; nothing is refined while nothing is known.
+        Inpainting: tokens x (1, N, D) that stay but where `fill` (N,) is true.
+        """
+        B, N, D = len(y), self.cfg.n_tokens, self.cfg.token_dim
+        n_noise, n_known = self.diffloss.n_noise(**sampling), 0
+        if fill is not None:
+            if refine is not None or order is not None:
+                raise ValueError("inpainting has its own order, the known patches first, and is "
+                                 "not refined; leave out order and refine")
+            order = (noise.rand(N) + fill).argsort(1)
+            n_known = N - int(fill.sum())
+        if order is None:
+            order = noise.rand(N).argsort(1)
+        x = torch.zeros(B, N, D, device=y.device) if x is None else x.expand(B, -1, -1)
+
+        for a, b in self.places(num_iter, n_known):                         # Alg. 1 line 1
+            known, pos = order[:, :a], order[:, a:b]                        # (B, a), (B, n)
+            c, c_null = self.next_condition(x, known, pos, y, cfg_scale != 1.0)          # line 2
+            refined = c
+            if refine and a > 0:                                            # lines 3-8
+                moved = [refine(a + j, z, y) for j, z in enumerate(c.unbind(1))]
+                refined = torch.stack(moved, dim=1)
+            if on_condition:
+                for j in range(b - a):
+                    on_condition(a + j, c[:, j], refined[:, j])
+
+            scale = guidance_at(cfg_schedule or "linear", cfg_scale, b / N)
+            z = noise.randn(n_noise, b - a, D).transpose(0, 1)              # (n_noise, B, n, D)
+            x_i = self.diffloss.sample(refined, c_null, scale, z, **sampling)            # line 9
+            x = x.scatter(1, pos[..., None].expand(-1, -1, D), x_i)         # line 10
+        return x
+
+    def next_condition(self, x, known, pos, y, guided):
+        """c (B, n, C) of positions pos given x at `known`, and that of the null class or None."""
+        if not guided:
+            return self.step_conditions(gather(x, known), known, y, pos), None
+        twice = lambda z: torch.cat([z, z])
+        y = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
+        c = self.step_conditions(twice(gather(x, known)), twice(known), y, twice(pos))
+        return c.chunk(2)
+
+
+def read_inpaint(args, model, facts, device):
+    """Options of MAR.generate that fill the white part of --mask in the image --inpaint.
+
+    facts: the checkpoint's data facts. A token that the mask touches is filled whole.
+    """
+    kind, size = model.cfg.kind, facts["size"]
+    if kind != "mar":
+        raise ValueError(f"--inpaint needs a mar model: a model of kind {kind} cannot condition on "
+                         "an arbitrary part of an image")
+    if not args.mask:
+        raise ValueError("--inpaint needs --mask, white where the image is to be filled")
+    if args.refine != "none":
+        raise ValueError("--inpaint cannot be refined, since targets belong to whole chains; use "
+                         "--refine none")
+
+    def read(path, mode):                                                   # (1, ch, size, size)
+        with Image.open(path) as image:
+            pixels = np.array(centre_crop(image.convert(mode), size))
+        return torch.from_numpy(pixels).reshape(1, size, size, -1).permute(0, 3, 1, 2)
+
+    x = (read(args.inpaint, "L" if facts["channels"] == 1 else "RGB") / 127.5 - 1).to(device)
+    if facts["vae"]:
+        import latents
+        vae = latents.open_vae(facts, args.vae, device)
+        x = vae.encode(x, torch.Generator().manual_seed(args.seed))
+    white = patchify(read(args.mask, "L"), size // model.cfg.grid) > 127    # (1, N, pixels)
+    fill = white.any(-1)[0].to(device)
+    if not fill.any():
+        raise ValueError(f"--mask {args.mask} has no white pixel: nothing to fill")
+    return {"x": patchify(x, facts["patch"]), "fill": fill}
+
+
+# ---------------------------------------------------------------- CDM: the baseline
+
+class AdaLNBlock(Block):
+    """Block whose norms are modulated and whose branches are gated by the condition (adaLN)."""
+
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        self.norm1 = nn.LayerNorm(cfg.n_embd, elementwise_affine=False, eps=1e-6)
+        self.norm2 = nn.LayerNorm(cfg.n_embd, elementwise_affine=False, eps=1e-6)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.n_embd, 6 * cfg.n_embd))
+
+    def forward(self, h, y):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(y).chunk(6, dim=-1)
+        h = h + gate1 * self.attention(modulate(self.norm1(h), shift1, scale1))
+        return h + gate2 * self.feed_forward(modulate(self.norm2(h), shift2, scale2))
+
+
+class DenoisingTransformer(nn.Module):
+    """The head's network for a whole image: x_t (B, N, D), t (B, 1), c (B, 1, C) -> eps, v."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        d = cfg.n_embd
+        self.time_embed = TimeEmbedding(d)
+        self.x_proj = nn.Linear(cfg.token_dim, d)
+        self.pos_embed = nn.Parameter(torch.zeros(1, cfg.n_tokens, d))
+        self.blocks = nn.ModuleList(AdaLNBlock(cfg) for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(d, 2 * d))
+        self.linear = nn.Linear(d, 2 * cfg.token_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        # adaLN-zero: each block starts as the identity, the output as zero
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x_t, t, c):
+        y = self.time_embed(t) + c                                          # (B, 1, C)
+        h = self.x_proj(x_t) + self.pos_embed                               # (B, N, C)
+        for block in self.blocks:
+            h = block(h, y)
+        shift, scale = self.modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(h), shift, scale)).chunk(2, dim=-1)
+
+
+class CDM(Generator):
+    """The baseline: the whole image is one 'patch' under one fixed condition, its class."""
+
+    def __init__(self, cfg):
+        if cfg.inverse:
+            raise ValueError("inverse=1: a cdm model has no chain of conditions for T^-1 to invert")
+        super().__init__(cfg, DenoisingTransformer(cfg))
+        self.class_emb = nn.Embedding(cfg.num_classes + 1, cfg.n_embd)      # the last: no class
+        nn.init.normal_(self.class_emb.weight, std=0.02)
+
+    def draw(self, n, generator):
+        """As for a patch, but with one use and one t per image."""
+        draws = super().draw(n, generator, self.cfg.n_tokens)
+        return {"drop": draws["drop"], "t": draws["t"][:, :1, 0], "eps": draws["eps"][:, :, 0]}
+
+    def conditions(self, x, y):
+        """c (B, N, C): the class embedding, the same for every patch."""
+        return self.class_emb(y)[:, None].expand(-1, self.cfg.n_tokens, -1)
+
+    def loss(self, x, y, draws):
+        c = self.class_emb(self.with_null(y, draws["drop"]))[:, None]
+        loss = self.diffloss(x, c, draws["t"], draws["eps"]).mean()
+        return torch.stack([loss, torch.zeros_like(loss)])
+
+    forward = loss
+
+    @torch.no_grad()
+    def generate(self, y, noise, cfg_scale=1.0, refine=None, on_condition=None, cfg_schedule=None,
+                 **sampling):
+        """Tokens (B, N, D) of classes y (B,): one trajectory for the whole image, and no chain."""
+        if refine is not None:
+            raise ValueError("a cdm model has one fixed condition per image and no AR chain, so "
+                             "there is nothing to refine; use an ar or mar model")
+        n_noise = self.diffloss.n_noise(**sampling)
+        z = noise.randn(n_noise, self.cfg.n_tokens, self.cfg.token_dim).transpose(0, 1)
+        c = self.class_emb(y)[:, None]                                      # (B, 1, C)
+        c_null = self.class_emb(torch.full_like(y, self.cfg.num_classes))[:, None]
+        return self.diffloss.sample(c, c_null, cfg_scale, z, **sampling)
+
+
+# ---------------------------------------------------------------- MAR's released weights
+
+def from_mar(state, path):
+    """MAR's {"model", "model_ema", ...} as a checkpoint of train.py; its sizes come from tensors.
+
+    Raises ValueError with the first tensor that is missing, foreign or of another shape.
+    """
+    weights = state.get("model_ema") or state.get("model", state)
+    if not state.get("model_ema"):
+        warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose "
+                      "images are worse than the averaged ones of the original "
+                      "checkpoint-last.pth", stacklevel=2)
+    cfg = mar_config(weights, state.get("n_head"), path)
+    cfg = replace(cfg, rope=bool(state.get("rope")))
+    with torch.device("meta"):
+        problem = state_problem(weights, build(cfg).state_dict())
+    if problem:
+        raise ValueError(f"{path}: {problem}; expected the weights of MAR with {cfg.n_layer} "
+                         f"layers of width {cfg.n_embd}, complete")
+
+    names = [name for _, name in imagenet_classes()]
+    if cfg.num_classes != len(names):
+        names = [str(k) for k in range(cfg.num_classes)]
+    size = 16 * cfg.grid
+    data = {"dataset": f"imagenet{size}", "size": size, "channels": 3, "patch": 1,
+            "data_dir": None, "cache_dir": f"cache/imagenet{size}", "class_names": names,
+            "x0_bound": None,
+            "vae": {"fingerprint": None, "scale": KL16_SCALE}}
+    return {"config": asdict(cfg), "model": state.get("model", weights), "ema": weights,
+            "step": 0, "data": data}
+
+
+def mar_config(weights, n_head, path):
+    """The Config of a MAR state dict. No tensor shows n_head: unless given, that of MAR's sizes."""
+    def shape(name):
+        if name not in weights:
+            raise ValueError(f"{path}: tensor '{name}' is missing: no complete MAR checkpoint")
+        return weights[name].shape
+
+    def count(prefix):
+        numbers = (int(n[len(prefix):].split(".")[0]) for n in weights if n.startswith(prefix))
+        return 1 + max(numbers, default=-1)
+
+    n_embd, token_dim = shape("z_proj.weight")
+    n_tokens = shape("diffusion_pos_embed_learned")[1]
+    sizes = [PRESETS[name] for name in ("mar-b", "mar-l", "mar-h")]
+    heads = {p["n_embd"]: p["n_head"] for p in sizes}
+    if not n_head and n_embd not in heads:
+        raise ValueError(f"{path}: width {n_embd} is none of MAR's ({', '.join(map(str, heads))}), "
+                         "and the number of heads cannot be read from tensors; put it into the "
+                         "file as n_head")
+    return Config(kind="mar", n_layer=count("encoder_blocks."), n_head=n_head or heads[n_embd],
+                  n_embd=n_embd, head_depth=count("diffloss.net.res_blocks."),
+                  head_width=shape("diffloss.net.input_proj.weight")[0],
+                  token_dim=token_dim, grid=math.isqrt(n_tokens),
+                  num_classes=shape("class_emb.weight")[0],
+                  n_class_tokens=shape("encoder_pos_embed_learned")[1] - n_tokens)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file; ValueError if it is none.
+
+    Its layout: the header's length (8 bytes, little endian), a JSON header, raw data.
+    """
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64}
+    size, out = os.path.getsize(path), {}
+    try:
+        with open(path, "rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if length > size:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(f.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                begin, end = entry["data_offsets"]
+                f.seek(8 + length + begin)
+                raw = bytearray(f.read(end - begin))
+                if len(raw) < end - begin:
+                    raise ValueError(f"tensor '{name}' is cut off")
+                dtype, shape = types[entry["dtype"]], entry["shape"]
+                out[name] = (torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw
+                             else torch.empty(shape, dtype=dtype))
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path} ({size} bytes) is no readable safetensors file: "
+                         f"{error}") from None
+    return out
+
+
+def export_mar(path, state):
+    """Write a mar checkpoint of train.py in MAR's layout; T^-1, which MAR has not, stays behind.
+
+    The number of heads and RoPE, which no tensor shows, are kept beside the weights.
+    """
+    cfg = state["config"]
+    if cfg["kind"] != "mar":
+        raise ValueError(f"only mar models have MAR's layout; this is a model of kind "
+                         f"{cfg['kind']}: train one with --model mar-tiny")
+    if cfg.get("objective", "eps") != "eps":
+        raise ValueError(f"MAR's head predicts eps, this one is trained with the objective "
+                         f"{cfg['objective']!r}: only this repository can run it")
+    own = ("inverse.", "buffer.")
+    keep = lambda part: {k: v for k, v in state[part].items() if not k.startswith(own)}
+    save_checkpoint(path, {"model": keep("model"), "model_ema": keep("ema"),
+                           "n_head": cfg["n_head"], "rope": cfg["rope"]})
+    if cfg["rope"]:
+        warnings.warn(f"{path}: this model has RoPE, which MAR's own code has not: only this "
+                      "repository can run it", stacklevel=2)
+
+
+def main():
+    p = Parser(description="Write a mar checkpoint of train.py in the layout of MAR's own.")
+    p.add_argument("what", choices=["export"], help="what to do")
+    p.add_argument("ckpt", help="the checkpoint, or the folder of its run")
+    p.add_argument("file", help="the file to write, such as mar.pth; never overwritten")
+    args = p.parse_args()
+    file = Path(args.file)
+    if file.exists():
+        raise ValueError(f"{file} exists; choose another name or remove it")
+    if not file.parent.is_dir():
+        raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
+    export_mar(file, read_checkpoint(args.ckpt))
+    print(f"{args.ckpt} -> {file}, in the layout of MAR's checkpoints")
+
+
+if __name__ == "__main__":
+    run(main)
