@@ -35,7 +35,7 @@ from diffloss import ImageNoise
 from evaluate import MIN_IMAGES, Judge, make_extractor, mean_std, real_images, sliced_w2, warn
 from model import GUIDANCE, KINDS
 from ot_refine import sq_cost
-from sample import Refinement, draw_images, tokens_of
+from sample import Refinement, draw_images, raster_order, tokens_of
 
 
 # ---------------------------------------------------------------- the rivals: other maps
@@ -122,11 +122,6 @@ def whole_trajectory(model, order, seed=0, steps=25):
     return inverse
 
 
-def raster(cfg, k, seed, device):
-    """One scan for all classes, instead of sample.class_order."""
-    return torch.arange(cfg.n_tokens, device=device)
-
-
 def shuffled(refinement, seed, refine, y, index):
     """A control: each image is moved by the displacement of another of its class in the batch: as
     far, but not where transport leads."""
@@ -183,8 +178,8 @@ STEPS = {"ddpm": ((), (10, 25, 100)), "ddim": ((), (10,)), "dpm++": ((10,), (6, 
 ORDERS = {                              # of mar: (refine, more sampling, quick)
     "fresh orders": (None, {}, 0), "one random order a class": (SAME, {}, 1),
     "one random order a class + refinement": ({}, {}, 0),
-    "raster": (dict(order_of=raster, **SAME), {}, 0),
-    "raster + refinement": (dict(order_of=raster), {}, 1),
+    "raster": (dict(order_of=raster_order, **SAME), {}, 0),
+    "raster + refinement": (dict(order_of=raster_order), {}, 1),
     "8 steps, one random order a class": (SAME, dict(num_iter=8), 0),
     "8 steps, one random order a class + refinement": ({}, dict(num_iter=8), 0)}
 
@@ -227,8 +222,8 @@ def ablation(full):
 
 # ---------------------------------------------------------------- the command
 
-MEASURES = ("fid", "kid", "sliced_w2", "accuracy", "precision", "recall", "spread", "copy_ratio",
-            "bank_ratio", "seconds_per_image", "calibration_s")
+MEASURES = ("fid", "kid", "sliced_w2", "accuracy", "precision", "recall", "copy_ratio",
+            "seconds_per_image", "calibration_s")
 
 
 def parse_args(argv=None):
@@ -394,8 +389,7 @@ def measure(row, job, judge, args, todo):
             images = draw_images(job.model, job.decode, labels, index, seed, row.sampling,
                                  row.at_once or args.batch_size, refinement, bar.update, wrap)
         seconds = (time.perf_counter() - began) / len(labels)
-        m = refinement.m if refinement and refinement.stages else None
-        x, values = judge(torch.from_numpy(images), labels, m)
+        x, values = judge(torch.from_numpy(images), labels)
         values.update(seconds_per_image=seconds, calibration_s=calibration_s)
         kept = {k: values[k] for k in MEASURES if values.get(k) is not None}
         if len(names) <= 12:                                     # which classes gain?

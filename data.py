@@ -1,9 +1,9 @@
 """Data sets as uint8 images with labels, their order, and the manners that all programs share.
 
 A data set has `train` and `heldout`, each with len(), of_class(y, m) and batch(indices, key) ->
-images (B, ch, H, W) in [-1, 1] (or scaled latents), labels (B,). Nothing here is random at run
-time: the order of an epoch is a function of (seed, epoch), so that any step can be resumed and any
-number of processes can share it.
+images (B, ch, H, W) in [-1, 1] (or scaled latents), labels (B,). Nothing is random at run time: an
+epoch's order follows from (seed, epoch), so that any step can be resumed, by any number of
+processes.
 
 digits    2880 handwritten digits (assets/digits.npz; E. Alpaydin, C. Kaynak 1998, UCI Machine
           Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), grey, 16x16 or 32x32
@@ -22,8 +22,9 @@ import hashlib
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -62,18 +63,18 @@ def to_uint8(images):
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def image_grid(images, columns, gap=1):
+def image_grid(images, columns):
     """uint8 (n, H, W, ch) -> one PIL picture with `columns` images a row, magnified to be seen."""
     n, H, W, ch = images.shape
     rows = -(-n // columns)
-    shape = (rows * (H + gap) + gap, columns * (W + gap) + gap, ch)
-    sheet = np.full(shape, 128, dtype=np.uint8)
-    for k, image in enumerate(images):
-        r, s = gap + k // columns * (H + gap), gap + k % columns * (W + gap)
-        sheet[r:r + H, s:s + W] = image
+    tiles = np.full((rows * columns, H + 1, W + 1, ch), 128, np.uint8)      # a grey line between
+    tiles[:n, 1:, 1:] = images
+    sheet = tiles.reshape(rows, columns, H + 1, W + 1, ch).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * (H + 1), columns * (W + 1), ch)
+    sheet = np.pad(sheet, ((0, 1), (0, 1), (0, 0)), constant_values=128)
     zoom = max(1, round(48 / H))
     picture = Image.fromarray(sheet.squeeze())
-    return picture.resize((shape[1] * zoom, shape[0] * zoom), Image.NEAREST)
+    return picture.resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
 # ---------------------------------------------------------------- order
@@ -107,7 +108,7 @@ class ImageArray:
         self.images, self.labels = images, torch.as_tensor(labels, dtype=torch.long)
 
     def __len__(self):
-        return len(self.images)
+        return len(self.labels)
 
     def batch(self, indices, key=None):
         indices = torch.as_tensor(indices)
@@ -118,7 +119,7 @@ class ImageArray:
         return of_class(self.labels, y, m)
 
 
-def load_digits(data_dir, size):
+def load_digits(data_dir, size, tune=False):
     if size not in (16, 32):
         raise ValueError(f"--size {size}: the digits come in 16 or 32 pixels")
     with np.load(ASSETS / "digits.npz") as z:
@@ -126,77 +127,82 @@ def load_digits(data_dir, size):
     if size == 16:
         bits = bits.reshape(-1, 16, 2, 16, 2).mean((2, 4))
     images = np.round(255 * bits).astype(np.uint8)[..., None]
+    if tune:                             # the last third, as neighbours may be by one hand
+        images, labels = images[split == 0], labels[split == 0]
+        split = np.arange(len(labels)) >= len(labels) * 2 // 3
     return *(ImageArray(images[split == s], labels[split == s]) for s in (0, 1)), range(10)
-
-
-def load_digits_tune(data_dir, size):
-    """The training digits alone, a third of them to measure with: where defaults are chosen."""
-    train, _, names = load_digits(data_dir, size)
-    cut = len(train) * 2 // 3                         # not at random: neighbours may be by one hand
-    parts = (slice(cut), slice(cut, None))
-    return *(ImageArray(train.images[part], train.labels[part]) for part in parts), names
 
 
 def load_mnist(data_dir, size):
     """The four idx files of MNIST's family, .gz or not; its test images are the held-out ones."""
-    def find(*words):
-        found = [f for f in sorted(Path(data_dir).glob("*idx*")) if any(w in f.name for w in words)]
-        if len(found) != 1:
-            names = ", ".join(f.name for f in found) or "none"
-            raise ValueError(f"--data_dir {data_dir}: expected one file like {words[0]}-ubyte or "
-                             f"{words[0]}-ubyte.gz, found {names}")
-        return found[0]
+    def find(kind):
+        found = sorted(Path(data_dir).glob(f"*{kind}-ubyte*"), key=lambda f: "train" not in f.name)
+        if ["train" in f.name for f in found] != [True, False]:
+            raise ValueError(f"--data_dir {data_dir}: expected train-{kind}-ubyte and t10k-{kind}-"
+                             f"ubyte, .gz or not, found {[f.name for f in found]}")
+        return found
 
     splits = []
-    for words in (("train",), ("t10k", "test")):
-        images = read_idx(find(*(f"{w}-images-idx3" for w in words)), 3)
-        labels = read_idx(find(*(f"{w}-labels-idx1" for w in words)), 1)
-        if len(images) != len(labels) or images.shape[1:] != (size, size):
-            raise ValueError(f"--data_dir {data_dir}: {words[0]} has images {images.shape} and "
-                             f"{len(labels)} labels; expected (n, {size}, {size}) and n (--size)")
+    for image_file, label_file in zip(find("images-idx3"), find("labels-idx1")):
+        images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
+        if images.shape != (len(labels), size, size):
+            raise ValueError(f"{image_file} holds images {images.shape}, expected ({len(labels)}, "
+                             f"{size}, {size}): as many as labels, of --size")
         splits.append(ImageArray(images[..., None], labels.astype(np.int64)))
     return *splits, range(1 + max(int(s.labels.max()) for s in splits))
 
 
 def read_idx(path, ndim):
     """The uint8 array of an idx file: 0, 0, type 8, ndim, then big-endian sizes, then the bytes."""
-    raw = path.read_bytes()
+    raw, start = path.read_bytes(), 4 + 4 * ndim
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is a damaged gzip file: {error}") from None
-    if raw[:4] != bytes((0, 0, 8, ndim)):
-        raise ValueError(f"{path} starts with {raw[:4].hex()}, expected 000008{ndim:02x}: no idx "
-                         f"file of {ndim}-d bytes")
-    shape = np.frombuffer(raw[4:4 + 4 * ndim].ljust(4 * ndim, b"\xff"), ">u4")
-    if len(raw) != 4 + 4 * ndim + int(np.prod(shape.astype(object))):
-        raise ValueError(f"{path} says that it holds {shape.tolist()}, but has {len(raw)} bytes: "
-                         "it is truncated or damaged; get it again")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * ndim).reshape(shape)
+        if raw[:4] != bytes((0, 0, 8, ndim)):
+            raise ValueError(f"it starts with {raw[:4].hex()}")
+        shape = np.frombuffer(raw[4:start], ">u4")
+        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is no idx file of {ndim}-d bytes, or is truncated or damaged: "
+                         f"{error}") from None
 
 
-SHAPES = ("circle", "cross", "ring", "square", "star", "triangle")
+def bar(x, y):
+    return np.maximum(np.abs(x) - 0.28, np.abs(y) - 0.95)
 
 
-class Shapes:
+def star(x, y):
+    turn, part = np.pi / 5, 2 * np.pi / 5                                 # 5 mirrored sectors
+    angle = np.abs((np.arctan2(np.abs(x), -y) + turn) % part - turn)
+    r, normal = np.hypot(x, y), np.array([0.42 * np.sin(turn), 1 - 0.42 * np.cos(turn)])
+    across, along = normal / np.hypot(*normal)                            # of a side from (1, 0)
+    return (r * np.cos(angle) - 1) * across + r * np.sin(angle) * along
+
+
+# about the distance from (x, y) to the outline of a shape of radius 1, negative inside
+SHAPES = {
+    "circle": lambda x, y: np.hypot(x, y) - 0.95,
+    "cross": lambda x, y: np.minimum(bar(x, y), bar(y, x)),
+    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.23,
+    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
+    "star": star,
+    "triangle": lambda x, y: np.maximum(y - 0.6, 0.87 * np.abs(x) - 0.5 * y - 0.5)}
+
+
+class Shapes(ImageArray):
     """Image k: shape k % 6 of random place, size, turn and colours, all drawn from (first + k)."""
 
     def __init__(self, n, size, first):
         self.n, self.size, self.first = n, size, first
+        super().__init__(self, torch.arange(n) % len(SHAPES))       # images[k] draws image k
 
-    def __len__(self):
-        return self.n
-
-    def batch(self, indices, key=None):
-        images, labels = zip(*(self.draw(int(k)) for k in indices))
-        images = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-        return images.float() / 127.5 - 1, torch.tensor(labels)
+    def __getitem__(self, indices):
+        return np.stack([self.draw(int(k)) for k in indices])
 
     def of_class(self, y, m):
         return torch.arange(y, self.n, len(SHAPES))[:m]
 
     def draw(self, k):
-        rng, label = np.random.default_rng(self.first + k), k % len(SHAPES)
+        rng, distance = np.random.default_rng(self.first + k), list(SHAPES.values())[k % 6]
         radius, turn = rng.uniform(0.5, 0.8), rng.uniform(-0.25, 0.25)
         centre = rng.uniform(radius - 1, 1 - radius, 2) * 0.9
         ink, paper = rng.uniform(0.45, 1, 3), rng.uniform(0, 0.35, 3)
@@ -204,40 +210,13 @@ class Shapes:
         axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
         x, y = np.meshgrid(axis - centre[0], axis - centre[1])
         cos, sin = np.cos(turn), np.sin(turn)
-        inside = signed_distance(SHAPES[label], (x * cos + y * sin) / radius,
-                                 (y * cos - x * sin) / radius)
+        inside = distance((x * cos + y * sin) / radius, (y * cos - x * sin) / radius)
         cover = np.clip(0.5 - inside * radius * self.size / 2, 0, 1)[..., None]
-        return np.round(255 * (cover * ink + (1 - cover) * paper)).astype(np.uint8), label
+        return np.round(255 * (cover * ink + (1 - cover) * paper)).astype(np.uint8)
 
 
-def signed_distance(shape, x, y):
-    """About the distance from (x, y) to the outline of a shape of radius 1, negative inside."""
-    r = np.hypot(x, y)
-    if shape == "circle":
-        return r - 0.95
-    if shape == "ring":
-        return np.abs(r - 0.72) - 0.23
-    x, up, y = np.abs(x), y, np.abs(y)
-    if shape == "square":
-        return np.maximum(x, y) - 0.8
-    if shape == "cross":
-        return np.minimum(np.maximum(x - 0.28, y - 0.95), np.maximum(x - 0.95, y - 0.28))
-    if shape == "triangle":
-        return np.maximum(up - 0.6, 0.87 * x - 0.5 * up - 0.5)
-    turn, part = np.pi / 5, 2 * np.pi / 5                                 # star: 5 mirrored sectors
-    angle = np.abs((np.arctan2(x, -up) + turn) % part - turn)
-    tip, notch = np.array([1.0, 0.0]), 0.42 * np.array([np.cos(turn), np.sin(turn)])
-    normal = np.array([notch[1] - tip[1], tip[0] - notch[0]])
-    normal = normal / np.hypot(*normal)
-    return (r * np.cos(angle) - tip[0]) * normal[0] + r * np.sin(angle) * normal[1]
-
-
-def load_shapes(data_dir, size):
-    return Shapes(20_000, size, 0), Shapes(2_000, size, 10 ** 9), SHAPES
-
-
-def load_shapes_tune(data_dir, size):
-    return Shapes(20_000, size, 0), Shapes(2_000, size, 2 * 10 ** 9), SHAPES
+def load_shapes(data_dir, size, tune=False):
+    return Shapes(20_000, size, 0), Shapes(2_000, size, 10 ** 9 * (1 + tune)), SHAPES
 
 
 # ---------------------------------------------------------------- folders of images
@@ -262,75 +241,61 @@ def read_image(path, size):
         raise ValueError(str(error)) from None
 
 
-def scan_folder(root, suffixes=SUFFIXES):
-    """[(path, label)] and the class names of root/class/**/*.png, both sorted."""
-    root = Path(root)
-    if not root.is_dir():
-        raise ValueError(f"--data_dir {root} is not a folder; expected {root}/<class>/<image>.png")
-    names = sorted(d.name for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    files = [(path, label) for label, name in enumerate(names)
-             for path in sorted((root / name).rglob("*")) if path.suffix.lower() in suffixes]
-    filled = {label for _, label in files}
-    empty = [name for label, name in enumerate(names) if label not in filled]
-    if not files:
-        raise ValueError(f"no images under {root}; expected {root}/<class>/*{suffixes[0]} "
-                         f"(or {', '.join(suffixes[1:])})")
-    if empty:
-        raise ValueError(f"{root}/{empty[0]} holds no images ({len(empty)} empty class folders); "
-                         "remove it or fill it")
-    return files, names
-
-
 def list_images(root, suffixes=SUFFIXES, heldout_share=0.1):
-    """([(path, label, held out 0 or 1)], class names) of root/class/*, or of root/train/class/*
-    and root/val/class/* if there is a root/train. Without root/val a share of a class is held out.
+    """([(path, label, held out 0 or 1)], class names) of root/class/**/*.png, or of root/train/...
+    and root/val/... if there is a root/train. Without root/val a share of each class is held out.
     """
-    root = Path(root)
-    train = root / "train" if (root / "train").is_dir() else root
-    files, names = scan_folder(train, suffixes)
-    held, val = heldout_mask([y for _, y in files], heldout_share), []
-    if train != root and (root / "val").is_dir():
-        held[:] = False
-        val, val_names = scan_folder(root / "val", suffixes)
-        odd = sorted(set(names) ^ set(val_names))
-        if odd:
-            raise ValueError(f"{root}/val must hold the class folders of {root}/train; {odd[0]} is "
-                             f"in one of them only ({len(odd)} differ)")
-    called = dict(imagenet_classes())
-    every = [(p, y, int(h)) for (p, y), h in zip(files, held)] + [(p, y, 1) for p, y in val]
-    return every, [called.get(n, n) for n in names]
+    root, files = Path(root), []
+    split = [p for p in (root / "train", root / "val") if p.is_dir()]
+    parts = split if root / "train" in split else [root]
+    for held, part in enumerate(parts):
+        folders = sorted(d for d in part.glob("[!.]*") if d.is_dir())
+        for folder in folders or [part]:
+            found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes)
+            if not folders or not found:
+                raise ValueError(f"{folder} is not a folder, or holds no images; expected {part}/"
+                                 f"<class>/<image>, where an image ends in {', '.join(suffixes)}")
+            files += [(f, folder.name, held) for f in found]
+
+    train, val = ({name for _, name, h in files if h == held} for held in (0, 1))
+    if val and train != val:
+        raise ValueError(f"{root}/train and {root}/val must hold the same class folders; "
+                         f"{min(train ^ val)} is in one of them only")
+    called, number = dict(imagenet_classes()), {name: y for y, name in enumerate(sorted(train))}
+    labels, held = [number[name] for _, name, _ in files], [h for _, _, h in files]
+    held = held if val else heldout_mask(labels, heldout_share).astype(int)
+    paths = [f for f, _, _ in files]
+    return [*zip(paths, labels, held)], [called.get(name, name) for name in number]
 
 
 def heldout_mask(labels, share):
     """Which images (n,) bool are held out: `share` of each class, spread evenly over its images."""
     labels, every = np.asarray(labels), round(1 / share)
-    count = np.bincount(labels)
-    order = np.argsort(labels, kind="stable")
-    rank = np.empty(len(labels), dtype=int)
-    rank[order] = np.arange(len(labels)) - np.repeat(np.cumsum(count) - count, count)
-    held = rank % every == every - 1
-    return held if held.any() else rank == count[labels] - 1       # small classes: the last of each
+    classes = [np.flatnonzero(labels == y) for y in np.unique(labels)]
+    held = np.concatenate([at[every - 1::every] for at in classes])
+    if not len(held):                                   # small classes: the last of each
+        held = [at[-1] for at in classes]
+    return np.isin(np.arange(len(labels)), held)
 
 
 def load_folder(root, size, max_bad=0.01):
     """Read, crop and hold a whole folder; unreadable files are named, too many are an error."""
     files, names = list_images(root)
-    images, labels, held, bad = [], [], [], []
-    for path, label, h in tqdm(files, desc="reading images", leave=False, disable=len(files) < 500):
+    images, facts, bad = [], [], []
+    for path, *about in tqdm(files, "reading images", leave=False, disable=len(files) < 500):
         try:
             images.append(read_image(path, size))
-            labels.append(label)
-            held.append(h == 1)
+            facts.append(about)
         except (OSError, ValueError, SyntaxError) as error:
             bad.append(f"{path}: {error}")
     report_unreadable(bad, len(files), max_bad)
-    labels, held = np.array(labels), np.array(held)
-    for c, name in enumerate(names):
-        if not ((labels == c) & ~held).any() or not held.any():
-            raise ValueError(f"class {name!r} under {root} has {(labels == c).sum()} readable "
-                             "image(s): at least 2 are needed, one to train on and one to hold out")
-    images = np.stack(images)
-    return *(ImageArray(images[part], labels[part]) for part in (~held, held)), names
+    images, (labels, held) = np.stack(images), np.array(facts).T
+    trained = set(labels[held == 0])
+    if len(trained) < len(names) or not held.any():
+        few = [name for y, name in enumerate(names) if y not in trained] or names
+        raise ValueError(f"class {few[0]!r} under {root} needs at least 2 readable images: one to "
+                         "train on, one to hold out")
+    return *(ImageArray(images[held == part], labels[held == part]) for part in (0, 1)), names
 
 
 def report_unreadable(lines, total, max_bad):
@@ -357,17 +322,16 @@ class Set(NamedTuple):
     needs_dir: bool = False
 
 
-FASHION = dict(size=28, steps=6000, eval_every=1000)
 IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4,
                 eval_every=5000, lr_schedule="constant", warmup=62_500, ema_decay=0.9999,
                 optimizer="adamw")
 DATASETS = {
     "digits": Set(load_digits),
     "shapes": Set(load_shapes, dict(diffusion_batch_mul=4)),
-    "mnist": Set(load_mnist, FASHION, True),
+    "mnist": Set(load_mnist, dict(size=28, steps=6000, eval_every=1000), True),
     # as digits and shapes, without their held-out images: where defaults are chosen
-    "digits-tune": Set(load_digits_tune),
-    "shapes-tune": Set(load_shapes_tune, dict(diffusion_batch_mul=4)),
+    "digits-tune": Set(partial(load_digits, tune=True)),
+    "shapes-tune": Set(partial(load_shapes, tune=True), dict(diffusion_batch_mul=4)),
     "folder": Set(load_folder, {}, True),
     "imagenet256": Set(None, dict(IMAGENET, size=256)),
     "imagenet512": Set(None, dict(IMAGENET, size=512)),
@@ -409,8 +373,6 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
     vae: path of kl16.ckpt; then the tokens are its latents, encoded on `device` into cache_dir
     unless they are there. plan: describe only; nothing is encoded, ImageNet need not be there.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; choose one of {', '.join(DATASETS)}")
     which = DATASETS[name]
     if which.load is None or vae:
         if which.load not in (None, load_folder):
@@ -427,10 +389,10 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
     options = {"max_bad": max_bad} if which.load is load_folder else {}
     train, heldout, names = which.load(data_dir, size, **options)
     names, channels = [str(n) for n in names], train.batch([0])[0].shape[1]
-    for labels in (s.labels for s in (train, heldout) if isinstance(s, ImageArray)):
-        if not 0 <= labels.min() <= labels.max() < len(names):
-            raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 "
-                             f"to {len(names) - 1}, its {len(names)} classes")
+    labels = torch.cat([train.labels, heldout.labels])
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to "
+                         f"{len(names) - 1}, its {len(names)} classes")
     facts = {"dataset": name, "size": size, "channels": channels, "patch": patch,
              "n_train": len(train), "n_heldout": len(heldout), "data_dir": data_dir,
              "class_names": names, "x0_bound": 1.0, "vae": None}
@@ -450,21 +412,18 @@ def decoder(facts, vae=None, device="cpu"):
 
 
 def digest(facts, data_dir=None):
-    """A short hash of the files that a checkpoint's data set is read from: names, sizes and times.
-
-    Raises ValueError if they are not there."""
-    name = facts["dataset"]
+    """A short hash of the files that a data set is read from: their paths, sizes and times."""
     root = Path(data_dir or facts.get("data_dir") or ASSETS / "digits.npz")
-    if facts.get("vae"):                 # the cache that holds the latents, by its manifest
+    if facts.get("vae"):                 # the cache that holds the latents
         import latents
-        root = latents.cache_of(name, data_dir, facts["size"], facts.get("cache_dir"))
-        root = root / "manifest.json" if (root / "manifest.json").exists() else root
-    if not root.exists():
-        raise ValueError(f"the images of {name} are no longer at {root}; say where with --data_dir")
-    files = sorted(f for f in root.rglob("*") if f.is_file()) if root.is_dir() else [root]
-    stats = [(f.relative_to(root).as_posix(), f.stat()) for f in files]
-    lines = [f"{path} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats]
-    return hashlib.sha256("\n".join([name, str(root.resolve()), *lines]).encode()).hexdigest()[:16]
+        root = latents.cache_of(facts["dataset"], data_dir, facts["size"], facts.get("cache_dir"))
+    root = root.resolve()
+    files = [f for f in (root, *sorted(root.rglob("*"))) if f.is_file()]
+    if not files:
+        raise ValueError(f"the images of {facts['dataset']} are no longer at {root}; say where "
+                         "with --data_dir")
+    lines = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
+    return hashlib.sha256("\n".join([facts["dataset"], *lines]).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- command line
@@ -518,16 +477,7 @@ class Parser(argparse.ArgumentParser):
         return known
 
     def error(self, message):
-        sys.exit(bad_input(message))
-
-
-def bad_input(message):
-    """Say what is wrong, once: of many processes the first speaks at once. The others, who mostly
-    met the same, wait for torchrun to end them, and speak if nobody did."""
-    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-    time.sleep(5 * (rank > 0) + 5 * (local > 0))
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    return 2
+        raise ValueError(message)
 
 
 def number(kind, low, high=float("inf")):
@@ -536,8 +486,7 @@ def number(kind, low, high=float("inf")):
         try:
             value = kind(text)
         except ValueError:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number")
         if not low <= value <= high or value == float("inf"):
             wanted = f"at least {low}" if high == float("inf") else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: {wanted}")
@@ -553,4 +502,10 @@ def run(main):
     except (ValueError, OSError) as error:
         if os.environ.get("TRACEBACK"):
             raise
-        sys.exit(bad_input(" ".join(str(error).split())))
+        # of many processes the first speaks at once; the others, who mostly met the same, wait for
+        # torchrun to end them, and speak if nobody did
+        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+        time.sleep(5 * (rank > 0) + 5 * (local > 0))
+        message = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)

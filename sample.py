@@ -1,6 +1,6 @@
 """Draw images from a checkpoint: where transformer, head and refinement meet (Algorithm 1).
 
-    python sample.py                                   the newest run under out/, 10 images a class
+    python sample.py                                   the run in out/, 10 images a class
     python sample.py --refine default                  the same with refined conditions
     python sample.py --classes 3 7 --n 20 --cfg_scale 2             two classes, more guided
     python sample.py --n 5000 --out s.npz              for evaluate.py: arr_0 uint8, arr_1 labels
@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -63,7 +64,7 @@ def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
 
     CHOICE(target): the ideal condition is what the transformer computes from an error-free context,
     so that P_c differs from P_c* by exposure bias alone. Alternative: the paper's buffer of the
-    conditions met in training, which was worse. Another P_c*: `targets_of` of Refinement.
+    conditions met in training, which was worse. For another P_c*, change x or c here.
     """
     device = next(model.parameters()).device
     y, parts = torch.full((len(x),), k, device=device), []
@@ -78,13 +79,20 @@ def class_order(cfg, k, seed=0, device="cpu"):
     """The generation order (N,) of class k: None for ar, which has but one.
 
     CHOICE(orders): a mar condition depends on which patches are known, so that refined images of a
-    class share an order, a random one for each class. Alternative: one scan for all, which costs
-    nothing on the digits and much on Fashion-MNIST. `order_of` of Refinement.
+    class share an order, a random one for each class. Alternative: the raster scan for all, better
+    on the digits and much worse on Fashion-MNIST. Flag: --order.
     """
     if cfg.kind != "mar":
         return None
     generator = torch.Generator().manual_seed(1_000_003 * seed + k)
     return torch.randperm(cfg.n_tokens, generator=generator).to(device)
+
+
+def raster_order(cfg, k, seed=0, device="cpu"):
+    return torch.arange(cfg.n_tokens, device=device)
+
+
+ORDERS = {"random": class_order, "raster": raster_order}
 
 
 def revealed(model, order, seed=0):
@@ -119,18 +127,26 @@ class Refinement:
     seed: int = 0                   # of the calibration's noise and of mar's orders
     folder: Path | None = None      # where targets and maps are kept
     origin: dict | None = None
-    targets_of: Callable = ideal_conditions
     order_of: Callable = class_order
     inverse_of: Callable = revealed
 
     def __post_init__(self):
         if self.model.cfg.kind == "cdm":
-            raise ValueError("--refine: a cdm model has one fixed condition per image and no AR "
-                             "chain, so there is nothing to refine; use an ar or mar model")
+            raise ValueError("--refine: a cdm model has no chain of conditions, so that there is "
+                             "nothing to refine; use an ar or mar model")
         self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
-        self.device, self.said = next(self.model.parameters()).device, set()
+        self.device = next(self.model.parameters()).device
+        self.say = functools.cache(print)                      # each message once
         Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
+
+        # all that targets, and maps, depend on, but the class
+        self.of_targets = {**(self.origin or {}), "code": code_digest(), "m": self.m,
+                           "rank": self.rank, "orders": [self.order_of.__qualname__, self.seed],
+                           "num_iter": self.sampling.get("num_iter")}
+        self.of_maps = {**self.of_targets, "stages": self.stages, "reg": self.reg,
+                        "lam": [self.lam, self.inverse_of.__qualname__], "n_cal": self.n_cal,
+                        "sampling": self.sampling}
 
     def order(self, k):
         return self.order_of(self.model.cfg, k, self.seed, self.device)
@@ -139,31 +155,28 @@ class Refinement:
         """Whole ideal conditions (N, m, C) of class k by place, and their order."""
         x, order = self.tokens_of(k, m), self.order(k)
         if len(x) == 0:
-            raise ValueError(f"no reference image of class {k}: refinement needs at least one of "
-                             "each class that is drawn (better 100)")
-        return self.targets_of(self.model, x, k, order, self.sampling.get("num_iter")), order
+            raise ValueError(f"class {k} has no reference image: refinement needs one, better 100")
+        return ideal_conditions(self.model, x, k, order, self.sampling.get("num_iter")), order
 
     @functools.cached_property
     def axes(self):
         """Directions of transport (N, C, r) of each position, shared by all classes."""
         def make():
             n = self.model.cfg.num_classes
-            some = [k for k in range(0, n, -(-n // SPREAD)) if len(self.tokens_of(k, 1))]
-            found = [self.conditions(k, max(1, SPREAD // len(some))) for k in some]
+            some = range(0, n, -(-n // SPREAD))
+            found = [self.conditions(k, SPREAD // len(some)) for k in some]
             # mar: orders differ between classes; a position's directions do not
             by_position = [c if order is None else c[order.argsort()] for c, order in found]
             return principal_axes(torch.cat(by_position, 1), self.rank)
-        depends = {k: v for k, v in self.of_targets.items() if k != "m"}
-        return self.kept("axes", depends, make)
+        return self.kept("axes", self.of_targets, make)
 
     def targets(self, k):
         """(N, m, r): the ideal conditions of class k in the axes of its places."""
         def make():
             c, order = self.conditions(k, self.m)
-            if c.shape[1] < 25 and "few" not in self.said:
-                self.said.add("few")
-                print(f"warning: class {k} has {c.shape[1]} reference images; with less than 25 "
-                      "refined images may be worse than unrefined ones")
+            if c.shape[1] < 25:
+                self.say("warning: with less than 25 reference images of a class its refined "
+                         "images may be worse than unrefined ones")
             return torch.bmm(c, self.axes if order is None else self.axes[order])
         return self.kept(f"targets-{k}", self.of_targets, make)
 
@@ -180,48 +193,32 @@ class Refinement:
 
         def calibrate():
             n = self.n_cal or max(200, 2 * targets.shape[1])
-            y = torch.full((n,), k)
             given = {} if order is None else {"order": order.expand(n, -1)}
-            draw(self.model, y, range(k * n, k * n + n), -1 - self.seed,       # no image's noise
+            draw(self.model, torch.full((n,), k), range(k * n, k * n + n),
+                 -1 - self.seed,                               # the noise of no image
                  refine=lambda i, c, y: refiner(i, c), **self.sampling, **given)
             return refiner.state()
         return refiner.load(self.kept(f"maps-{k}", self.of_maps, calibrate))
 
-    # ---- what is kept: each file holds what it was made for
-
-    @functools.cached_property
-    def of_targets(self):
-        """All that targets depend on, but the class."""
-        hooks = [f"{f.__module__}.{f.__qualname__}" for f in (self.targets_of, self.order_of)]
-        return {**(self.origin or {}), "code": code_digest(), "m": self.m, "rank": self.rank,
-                "orders": self.seed, "num_iter": self.sampling.get("num_iter"), "hooks": hooks}
-
-    @functools.cached_property
-    def of_maps(self):
-        """All that fitted maps depend on, but the class."""
-        flow = {"stages": [list(stage) for stage in self.stages], "reg": self.reg,
-                "lam": [self.lam, self.inverse_of.__qualname__]}
-        return {**self.of_targets, **flow, "n_cal": self.n_cal, "sampling": self.sampling}
-
     def kept(self, name, depends, make):
         """make(), or what it gave before, from folder/name.pt if that was made for the same."""
         file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
-        copies = 1 if kind == "axes" else self.model.cfg.num_classes
         if file and file.exists():
             try:
                 saved = torch.load(file, map_location=self.device, weights_only=True)
                 differs = [w for w in depends if saved["made_for"].get(w) != depends[w]]
+                if not all(z.isfinite().all() for z in tensors(saved["value"])):
+                    raise ValueError("not finite")
                 if not differs:
-                    check_finite(saved["value"])
                     return saved["value"]
                 reason = f"were made for another {', '.join(differs)}"
             except Exception as error:       # torch has no common class for what a file may hold
                 reason = f"cannot be read ({(str(error).splitlines() or ['damaged'])[0][:80]})"
-            if kind not in self.said:
-                print(f"the {kind} in {self.folder} {reason}: computing anew")
-            self.said.add(kind)
+            self.say(f"the {kind} in {self.folder} {reason}: computing anew")
+
         value = make()
-        if file and self.folder and nbytes(value) * copies <= KEEP:
+        copies = 1 if kind == "axes" else self.model.cfg.num_classes
+        if self.folder and sum(z.nbytes for z in tensors(value)) * copies <= KEEP:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(file, {"made_for": depends, "value": value})
@@ -237,16 +234,6 @@ def tensors(value):
         return [value]
     inner = value.values() if isinstance(value, dict) else value
     return [z for v in inner if not isinstance(v, str) for z in tensors(v)]
-
-
-def nbytes(value):
-    whole = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes() for z in tensors(value)}
-    return sum(whole.values())
-
-
-def check_finite(value):
-    if not all(z.isfinite().all() for z in tensors(value)):
-        raise ValueError("not finite")
 
 
 def sha256(parts):
@@ -280,18 +267,17 @@ def batches(labels, index, size, refinement=None):
     if refinement is None:
         yield from ((part, {}) for part in index.split(size) if len(part))
         return
-    waiting, refiners = [], {}
+    waiting, refiners = index[:0], {}
     for k in labels[index].unique().tolist():
         mine, refiner = index[labels[index] == k], refinement.of(k)
         for part in mine.tensor_split(-(-len(mine) // size)):
             held = sum(r.nbytes() for r in refiners.values())
-            if waiting and (sum(map(len, waiting)) + len(part) > size or held > HELD):
-                yield torch.cat(waiting), refiners
-                waiting, refiners = [], {}
-            waiting.append(part)
-            refiners[k] = refiner
-    if waiting:
-        yield torch.cat(waiting), refiners
+            if refiners and (len(waiting) + len(part) > size or held > HELD):
+                yield waiting, refiners
+                waiting, refiners = index[:0], {}
+            waiting, refiners[k] = torch.cat([waiting, part]), refiner
+    if refiners:
+        yield waiting, refiners
 
 
 def by_class(refiners, y, device):
@@ -309,115 +295,130 @@ def by_class(refiners, y, device):
 
 
 def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, refinement=None,
-                tick=None, wrap=None):
-    """uint8 (len(index), H, W, ch): the images `index` of a seed, classes labels[index], in order.
+                tick=lambda n: None, wrap=None):
+    """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
 
-    decode: tokens (B, N, D) -> images; sampling: options of `generate`; tick(n): n more are done.
-    wrap(refine, y, index) -> another refine: for controls.
+    decode: tokens (B, N, D) -> images; sampling: options of `generate`; tick(n): n more are done;
+    wrap(refine, y, index) -> another refine, for controls.
     """
     device, images = next(model.parameters()).device, None
-    place = torch.empty(len(labels), dtype=torch.long)
-    place[index] = torch.arange(len(index))
     for part, refiners in batches(labels, index, batch_size, refinement):
         y, refine, given = labels[part], None, {}
         if refinement is not None:
             refine = by_class(refiners, y, device)
             refine = wrap(refine, y, part) if wrap else refine
             if model.cfg.kind == "mar":
-                orders = {k: refinement.order(k) for k in refiners}
-                given["order"] = torch.stack([orders[k] for k in y.tolist()])
+                given["order"] = torch.stack([refinement.order(k) for k in y.tolist()])
         x = to_uint8(decode(draw(model, y, part.tolist(), seed, refine, **sampling, **given)))
-        images = np.empty((len(index), *x.shape[1:]), np.uint8) if images is None else images
-        images[place[part].numpy()] = x
-        if tick:
-            tick(len(part))
+        images = np.empty((len(labels), *x.shape[1:]), np.uint8) if images is None else images
+        images[part.numpy()] = x
+        tick(len(part))
     return images
+
+
+def gather(images, shares, rank):
+    """Rank 0 receives into its images (n, H, W, ch) what the others drew: their shares, indices."""
+    for r, index in enumerate(shares):
+        if r > 0 and rank in (0, r) and len(index):
+            part = torch.from_numpy(images[index.numpy()])
+            dist.send(part, 0) if rank == r else dist.recv(part, r)
+            images[index.numpy()] = part
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- command line
 
 def parse_args(argv=None):
     p = Parser(description="Draw images from a checkpoint.")
-    p.add_argument("--ckpt", help="a checkpoint or a run folder (default: the newest under out/)")
-    p.add_argument("--vae", help="kl16.ckpt, for models of latents")
-    p.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
-    p.add_argument("--n", type=number(int, 1), help="images in all (default: 10 a class)")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
-    p.add_argument("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
-    p.add_argument("--out", help=".png or .npz (default: sample.png beside the checkpoint)")
-    p.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    p.add_argument("--solver", help="ddpm (the default: random), ddim, dpm++ (for few steps)")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=25,
-                   help="evaluations of the head per patch")
-    p.add_argument("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
-    p.add_argument("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
-    p.add_argument("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE,
-                   help="classifier-free guidance: fidelity for variety; 1 = off")
-    p.add_argument("--cfg_schedule", choices=("constant", "linear"),
-                   help="guidance along the chain (default: mar linear, else constant)")
-    p.add_argument("--inpaint", metavar="IMAGE", help="mar: an image to be filled in, with --mask")
-    p.add_argument("--mask", metavar="IMAGE", help="white where --inpaint is to be filled")
-    r = p.add_argument_group("refinement (Algorithm 1)")
-    r.add_argument("--refine", choices=METHODS, default="none", help="what moves the conditions")
-    r.add_argument("--coupled", action="store_true",
-                   help="with --refine: the literal algorithm, plans between the images of a "
-                        "batch; else maps are calibrated once, each image is refined on its own")
-    r.add_argument("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
-    r.add_argument("--eta", type=number(float, 0, 1e6), default=2.0,
-                   help="with --refine: step size, the dial from variety to fidelity")
-    r.add_argument("--m", type=number(int, 1), default=500,
-                   help="with --refine: reference images of a class, at most")
-    r.add_argument("--data_dir", help="with --refine: where the reference images (or their latent "
-                                      "cache) are now (default: as in training)")
+    add = p.add_argument
+    add("--ckpt", default="out", help="a run folder or a checkpoint")
+    add("--vae", help="kl16.ckpt, for models of latents")
+    add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
+    add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
+    add("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
+    add("--out", help=".png or .npz (default: sample.png beside the checkpoint)")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+    add("--device", default="auto", help="auto, cpu, cuda ...")
+    add("--solver", help="ddpm (the default: random), ddim, dpm++ (for few steps)")
+    add("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the head per patch")
+    add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
+    add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
+    add("--order", choices=ORDERS, help="mar: one generation order a class (default: a fresh one "
+                                        "for each image; refined: random)")
+    add("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE,
+        help="classifier-free guidance: fidelity for variety; 1 = off")
+    add("--cfg_schedule", choices=("constant", "linear"),
+        help="guidance along the chain (default: mar linear, else constant)")
+    add("--inpaint", metavar="IMAGE", help="mar: an image to be filled in, with --mask")
+    add("--mask", metavar="IMAGE", help="white where --inpaint is to be filled")
+
+    add = p.add_argument_group("refinement (Algorithm 1)").add_argument
+    add("--refine", choices=METHODS, default="none", help="what moves the conditions")
+    add("--coupled", action="store_true",
+        help="with --refine: the literal algorithm, plans between the images of a batch; else maps "
+             "are calibrated once, each image is refined on its own")
+    add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
+    add("--eta", type=number(float, 0, 1e6), default=2.0,
+        help="with --refine: step size, the dial from variety to fidelity")
+    add("--m", type=number(int, 1), default=500,
+        help="with --refine: reference images of a class, at most")
+    add("--data_dir", help="with --refine: where the reference images (or their latent cache) are "
+                           "now (default: as in training)")
     return p.parse_args(argv)
 
 
-@dataclass
-class Job:
-    """A checkpoint and how to draw from it, as the flags say. evaluate.py draws through it, too."""
-    path: Path
-    model: torch.nn.Module
-    state: dict
-    decode: Callable
-    sampling: dict
-    batch_size: int
-    dataset: Callable               # () -> data.Data, opened when first asked for
-    refinement: Refinement | None
-
-    def images(self, labels, index, seed, tick=None):
-        """uint8 (len(index), H, W, ch) of classes labels[index]."""
-        return draw_images(self.model, self.decode, labels, index, seed, self.sampling,
-                           self.batch_size, self.refinement, tick)
-
-
 def setup(args):
-    """The Job of the flags; ValueError where they do not fit the checkpoint or each other."""
-    device = pick_device(args.device)
-    path = find_checkpoint(args.ckpt) if args.ckpt else newest_run()
+    """A checkpoint and how to draw from it, as the flags say: for evaluate.py, too. ValueError
+    where they do not fit the checkpoint or each other.
+
+    It has path, model, state (the checkpoint's dict), decode (tokens -> images), refinement (or
+    None), dataset() -> data.Data and images(labels, index, seed, tick), draw_images of all this.
+    """
+    device, path = pick_device(args.device), find_checkpoint(args.ckpt)
     model, state = load_model(path, device)
     set_threads(model, device)
-    facts, cfg = state["data"], model.cfg
+    facts, refinement = state["data"], None
     decode = datasets.decoder(facts, args.vae, device)
     sampling = sampling_flags(args, model)
     if args.inpaint:
         import mar
         sampling.update(mar.read_inpaint(args, model, facts, device))
 
+    # the small sets have no folder: their --data_dir is not looked at, and so refused
+    has_dir = facts.get("vae") or datasets.DATASETS[facts["dataset"]].needs_dir
+    data_dir = lambda: args.data_dir if has_dir else None
+
     @functools.cache
     def dataset():
-        return open_dataset(state, args.data_dir if has_dir else None, args.vae, device)
+        found = datasets.load(facts["dataset"], data_dir() or facts.get("data_dir"), facts["size"],
+                              facts["patch"], vae=args.vae, cache_dir=facts.get("cache_dir"),
+                              device=device)
+        names = found.class_names
+        if names != facts["class_names"]:
+            raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...), not those "
+                             "that the model was trained on; give the right --data_dir")
+        return found
 
-    has_dir = facts.get("vae") or datasets.DATASETS[facts["dataset"]].needs_dir
-    refinement = None
+    real = lambda k, m: tokens_of(dataset())(k, m)
+    order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
+    order_of = ORDERS[order or "random"]
     if args.refine != "none":
         origin = {"weights": weights_digest(model),
-                  "references": datasets.digest(facts, args.data_dir if has_dir else None)}
+                  "references": datasets.digest(facts, data_dir())}
         flow = {} if args.refine == "gaussian" else {"K": args.K, "eta": args.eta}
-        real = lambda k, m: tokens_of(dataset())(k, m)
         refinement = Refinement(model, real, sampling, args.refine, coupled=args.coupled, **flow,
-                                m=args.m, folder=path.parent / "refine", origin=origin)
-    return Job(path, model, state, decode, sampling, args.batch_size, dataset, refinement)
+                                m=args.m, folder=path.parent / "refine", origin=origin,
+                                order_of=order_of)
+    elif order:                                          # conditions stay, orders are given
+        refinement = Refinement(model, real, sampling, "none", order_of=order_of)
+
+    how = sampling, args.batch_size, refinement
+    images = lambda labels, index, seed, tick: draw_images(model, decode, labels, index, seed,
+                                                           *how, tick)
+    return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
+                           refinement=refinement, images=images)
 
 
 def sampling_flags(args, model):
@@ -426,13 +427,11 @@ def sampling_flags(args, model):
     model.diffloss.check(args.solver, args.steps)
     sampling = {"solver": args.solver, "steps": args.steps, "temperature": args.temperature,
                 "cfg_scale": args.cfg_scale}
-    if args.cfg_scale != 1:
-        if cfg.class_dropout == 0:
-            raise ValueError(f"--cfg_scale {args.cfg_scale:g}: this model was trained with "
-                             "class_dropout=0 and has no null branch to guide by; use "
-                             "--cfg_scale 1")
-        if cfg.kind != "cdm":
-            sampling["cfg_schedule"] = args.cfg_schedule
+    if args.cfg_scale != 1 and cfg.class_dropout == 0:
+        raise ValueError(f"--cfg_scale {args.cfg_scale:g}: this model was trained with "
+                         "class_dropout=0 and has no null branch to guide by; use --cfg_scale 1")
+    if args.cfg_scale != 1 and cfg.kind != "cdm":
+        sampling["cfg_schedule"] = args.cfg_schedule
     if cfg.kind == "mar":
         sampling["num_iter"] = args.num_iter
         if args.num_iter and args.num_iter > cfg.n_tokens:
@@ -441,80 +440,33 @@ def sampling_flags(args, model):
     return sampling
 
 
-def open_dataset(state, data_dir=None, vae=None, device="cpu"):
-    """The Data that a checkpoint was trained on; ValueError if its classes are others now."""
-    facts = state["data"]
-    found = datasets.load(facts["dataset"], data_dir or facts.get("data_dir"), facts["size"],
-                          facts["patch"], vae=vae, cache_dir=facts.get("cache_dir"), device=device)
-    if found.class_names != facts["class_names"]:
-        raise ValueError(f"the images are of {len(found.class_names)} classes "
-                         f"({found.class_names[0]} ...), the checkpoint was trained on "
-                         f"{len(facts['class_names'])} ({facts['class_names'][0]} ...); give the "
-                         "right --data_dir")
-    return found
-
-
-def newest_run(root="out"):
-    found = sorted(Path(root).rglob("ckpt.pt"), key=lambda f: f.stat().st_mtime)
-    if not found:
-        raise ValueError(f"no checkpoint under {root}/; train one with: python train.py, or give "
-                         "--ckpt")
-    return found[-1]
-
-
 def find_class(word, names):
     """The class number of a name, number, ImageNet id or part of a name; the first rule that finds
     any must find one only."""
-    low, imagenet = word.lower(), datasets.imagenet_classes()
-    known = names == [n for _, n in imagenet]
-    ids = [i for i, _ in imagenet] if known else [""] * len(names)
+    word = dict(datasets.imagenet_classes()).get(word, word)
+    low = word.lower()
     rules = (lambda k, name: name == word, lambda k, name: str(k) == word,
-             lambda k, name: ids[k] == low, lambda k, name: name.lower().split(", ")[0] == low,
              lambda k, name: low in name.lower().split(", "), lambda k, name: low in name.lower())
     for rule in rules:
         found = [k for k, name in enumerate(names) if rule(k, name)]
         if len(found) == 1:
             return found[0]
         if found:
-            more = f" and {len(found) - 12} more" if len(found) > 12 else ""
             which = "; ".join(f"{k} {names[k]}" for k in found[:12])
-            raise ValueError(f"--classes {word!r} may be any of {which}{more}: give the number")
-    raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])}"
-                     + (" ..." if len(names) > 20 else ""))
+            raise ValueError(f"--classes {word!r} may be any of {which} ({len(found)} classes): "
+                             "give the number")
+    raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])} "
+                     f"({len(names)} classes)")
 
 
 def output(args, path):
     """The checked file that is to be written."""
-    out = Path(args.out) if args.out else path.parent / "sample.png"
-    if out.suffix not in (".png", ".npz"):
-        raise ValueError(f"--out {out}: expected a name that ends in .png or .npz")
+    out = Path(args.out or path.parent / "sample.png")
+    if out.suffix not in (".png", ".npz") or not os.access(out.parent, os.W_OK):
+        raise ValueError(f"--out {out}: expected a .png or .npz in a folder that can be written to")
     if not args.overwrite and out.exists():
         raise ValueError(f"{out} exists; choose another --out or add --overwrite")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: {out.parent} is not a folder that can be written to")
     return out
-
-
-def gather(images, mine, n, out, rank, world):
-    """Images (n, H, W, ch) of all ranks in their order, on rank 0, through files beside `out`."""
-    if world > 1:
-        np.savez(f"{out}.rank{rank}.npz", mine=mine.numpy(), images=images if len(mine) else [])
-        dist.barrier()
-        dist.destroy_process_group()
-    if rank > 0:
-        return None
-    whole = None
-    for r in range(world):
-        part = mine.numpy(), images
-        if world > 1:
-            with np.load(f"{out}.rank{r}.npz") as z:
-                part = z["mine"], z["images"]
-            os.remove(f"{out}.rank{r}.npz")
-        if len(part[0]):
-            shape = (n, *part[1].shape[1:])
-            whole = np.empty(shape, np.uint8) if whole is None else whole
-            whole[part[0]] = part[1]
-    return whole
 
 
 def main():
@@ -522,23 +474,23 @@ def main():
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     job = setup(args)
     names, out = job.state["data"]["class_names"], output(args, job.path)
-    ids = torch.tensor([find_class(w, names) for w in args.classes] if args.classes else
-                       range(len(names)))
+    found = [find_class(word, names) for word in args.classes or ()] or range(len(names))
+    ids = torch.tensor(list(dict.fromkeys(found)))       # each once
     n, seed = args.n or 10 * len(ids), args.seed
     args.check_used()
     if world > 1:                                        # ranks meet once, at the end of hours
         dist.init_process_group("gloo", timeout=timedelta(days=30))
 
-    labels = ids[torch.arange(n) % len(ids)]             # image k: its class depends on k alone
-    index = torch.argsort(labels, stable=True)           # class by class
-    if job.refinement:                                   # whole classes are dealt out
-        mine = index[labels[index].unique_consecutive(return_inverse=True)[1] % world == rank]
-    else:
-        mine = index.tensor_split(world)[rank]
-    began = time.time()
+    turn = torch.arange(n) % len(ids)                    # image k: its class depends on k alone
+    labels = ids[turn]
+    index = labels.argsort(stable=True)                  # class by class
+    owner = (turn if job.refinement else torch.arange(n)) % world        # refined: whole classes
+    shares = [index[owner[index] == r] for r in range(world)]
+    mine, began = shares[rank], time.time()
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=rank > 0 or None) as bar:
         images = job.images(labels, mine, seed, bar.update)
-    images = gather(images, mine, n, out, rank, world)
+    if world > 1:
+        gather(images, shares, rank)
     if rank > 0:
         return
 
@@ -546,11 +498,9 @@ def main():
     if out.suffix == ".npz":
         np.savez_compressed(out, arr_0=images, arr_1=labels.numpy())
     else:
-        image_grid(images[index.numpy()], max(1, min(10, n // len(ids) or n))).save(out)
-    guided = "guided" if args.cfg_scale != 1 else "not guided"
-    solver = args.solver or next(iter(job.model.diffloss.samplers))
-    print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} a second), {solver} {args.steps}, "
-          f"{guided}, refinement {args.refine} -> {out}")
+        image_grid(images[index.numpy()], min(10, n // len(ids) or n)).save(out)
+    print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
+          f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
 
 
 if __name__ == "__main__":

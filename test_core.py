@@ -164,11 +164,12 @@ def test_idx_files_hold_the_right_images_and_labels_and_their_own_test_set(zippe
     (lambda f: f.write_bytes(f.read_bytes()[:-100]), "truncated"),
     (lambda f: f.write_bytes(f.read_bytes()[:10]), "truncated"),
     (lambda f: f.write_bytes(f.read_bytes()[:2]), "starts with 0000"),
-    (lambda f: f.write_bytes(gzip.compress(f.read_bytes())[:-40]), "damaged gzip"),
-    (lambda f: f.write_bytes(idx(np.zeros((5, 28, 28), np.uint8))), "6 labels"),
-    (lambda f: f.write_bytes(idx(np.zeros((6, 20, 20), np.uint8))), "expected .n, 28, 28."),
-    (lambda f: f.unlink(), "expected one file like train-images-idx3-ubyte"),
-    (lambda f: shutil.copy(f, f.with_name(f"{f.name}.old")), "expected one file")])
+    (lambda f: f.write_bytes(gzip.compress(f.read_bytes())[:-40]), "damaged"),
+    (lambda f: f.write_bytes(b"\x1f\x8b\x08" + bytes(99)), "damaged"),
+    (lambda f: f.write_bytes(idx(np.zeros((5, 28, 28), np.uint8))), "expected .6, 28, 28."),
+    (lambda f: f.write_bytes(idx(np.zeros((6, 20, 20), np.uint8))), "expected .6, 28, 28."),
+    (lambda f: f.unlink(), "expected train-images-idx3-ubyte"),
+    (lambda f: shutil.copy(f, f.with_name(f"{f.name}.old")), "expected train-images-idx3")])
 def test_a_bad_idx_file_is_one_line(damage, words, tmp_path):
     damage(make_mnist(tmp_path / "m"))
     with pytest.raises(ValueError, match=words) as error:

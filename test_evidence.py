@@ -159,7 +159,7 @@ def test_the_oracle_draws_each_image_under_the_conditions_of_a_real_one_of_its_c
 
 def blind_judge():
     """A judge that measures nothing."""
-    judge = lambda images, labels, m: (images.flatten(1).float()[:, :2], {})
+    judge = lambda images, labels: (images.flatten(1).float()[:, :2], {})
     judge.x, judge.real = torch.zeros(10, 2), evaluate.Real(labels=torch.arange(10))
     return judge
 
@@ -244,7 +244,8 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else():
               key(row, steps=9), key(with_(K=3)), key(with_(seed=1)), key(with_(coupled=True)),
               key(with_(coupled=True)._replace(at_once=20)), key(row._replace(refine=None)),
               key(row._replace(control=ablate.shuffled)), key(with_(method="mean")),
-              key(row._replace(sampling={"cfg_scale": 2.0})), key(with_(order_of=ablate.raster)),
+              key(row._replace(sampling={"cfg_scale": 2.0})),
+              key(with_(order_of=sample.raster_order)),
               key(with_(lam=0.1)), key(with_(lam=0.1, inverse_of=ablate.whole_trajectory))]
     assert len(set(others)) == len(others)
     assert key(row._replace(group="h", name="m", x=1)) == key(row), "names do not matter"

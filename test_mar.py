@@ -752,6 +752,13 @@ def test_unrefined_images_have_a_fresh_order_each(draw, orders):
     assert orders and all(order is None for _, order in orders), "from the noise of each image"
 
 
+@pytest.mark.parametrize("how", ["none", "gaussian"])
+def test_the_raster_scan_is_one_order_for_all_refined_or_not(how, draw, orders):
+    draw("mar-tiny", *REFINED, how, "--order", "raster") if how != "none" else draw(
+        "mar-tiny", *PLAIN, "--order", "raster")
+    assert orders and all((order == torch.arange(16)).all() for _, order in orders)
+
+
 def test_refined_images_do_not_depend_on_the_batch(draw):
     images = [draw("mar-tiny", *REFINED, "default", "--batch_size", size)[0]
               for size in (40, 7)]

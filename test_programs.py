@@ -263,7 +263,7 @@ def test_a_class_is_refined_alike_beside_any_other_classes_and_in_any_batch(coup
 
     def draw(index, size, r):
         return sample.draw_images(MODEL, lambda x: unpatchify(x, 2), labels, index, 0, how, size,
-                                  r).astype(int)
+                                  r).astype(int)[index]
 
     refinement, mine = Counted(coupled=coupled), torch.arange(1, 24, 3)
     together = draw(torch.arange(24), 24, refinement)
@@ -283,7 +283,7 @@ def test_every_solver_draws_balanced_classes_and_the_same_file_at_any_batch_size
     for size in (3, 20):
         text = done(sample, "--ckpt", run, *DRAW, "--solver", solver, "--n", 20, "--batch_size",
                     size, "--out", tmp_path / f"{size}.npz")
-        assert f"{solver} 2, guided, refinement none" in text
+        assert "2 steps, guidance 1.5, refinement none" in text
     (a, y), (b, _) = (read(tmp_path / f"{size}.npz") for size in (3, 20))
     assert a.shape == (20, 16, 16, 1) and np.bincount(y).tolist() == [2] * 10
     assert np.abs(a - b).max() <= 1, "other matmul shapes, then rounding to 8 bits"
@@ -343,7 +343,7 @@ def test_two_processes_draw_the_file_of_one(refine, own_run, run, tmp_path):
     ("--seed -1", "out of range"), ("--n 0", "out of range"), ("--n ten", "not a whole number"),
     ("--solver euler", "does not fit a head trained for 'eps'; choose one of ddpm"),
     ("--refine magic", "invalid choice"), ("--cfg_scal 2", "did you mean --cfg_scale"),
-    ("--out {tmp}/x.jpg", ".png or .npz"), ("--out {tmp}/no/x.png", "not a folder"),
+    ("--out {tmp}/x.jpg", ".png or .npz"), ("--out {tmp}/no/x.png", "a folder that can"),
     ("--out {tmp}/text.png", "--overwrite"), ("--device abacus", "cannot be used"),
     ("--vae {tmp}/text.pt", "model of pixels")])
 def test_bad_input_to_sample_is_one_line_and_exit_code_2(argv, words, run, tmp_path):
@@ -359,7 +359,8 @@ def test_bad_input_to_sample_is_one_line_and_exit_code_2(argv, words, run, tmp_p
 
 
 IDLE = {"coupled": "--coupled", "K": "--K 3", "eta": "--eta 1", "m": "--m 30",
-        "data_dir": "--data_dir .", "mask": "--mask x.png", "num_iter": "--num_iter 4",
+        "data_dir": "--data_dir .", "order": "--order raster", "mask": "--mask x.png",
+        "num_iter": "--num_iter 4",
         "cfg_schedule": "--cfg_scale 1 --cfg_schedule linear"}
 
 
@@ -513,8 +514,8 @@ def test_every_parameter_has_one_optimiser_and_moves_and_no_step_leaves_a_graph(
 
 
 @every("more, words", [
-    ("--lr 1", "--lr 0.002 -> 1"), ("--model gpt-b", "--model gpt-tiny -> gpt-b"),
-    ("--dataset shapes", "--dataset digits -> shapes"), ("--seed 1", "--seed 0 -> 1")])
+    ("--lr 1", "lr 0.002 -> 1"), ("--model gpt-b", "model gpt-tiny -> gpt-b"),
+    ("--dataset shapes", "dataset digits -> shapes"), ("--seed 1", "seed 0 -> 1")])
 def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     refused(words, train, "--out_dir", own_run, *FAST, *more.split(), "--steps", 4, "--set",
             *SETTINGS)
@@ -531,7 +532,7 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--dataset folder --data_dir {tmp}/one", "at least 2"),
     ("--size 20", "16 or 32"), ("--dataset shapes --size 18", "multiple of --patch"),
     ("--global_batch 10 --accumulate 4", "multiple of"), ("--device abacus", "cannot be used"),
-    ("--out_dir {tmp}/file", "cannot be written"), ("--out_dir {tmp}/file/x", "cannot be written"),
+    ("--out_dir {tmp}/file", "File exists"), ("--out_dir {tmp}/file/x", "Not a directory"),
     ("--compile", "--compile would change nothing"), ("--vae x", "--vae would change nothing"),
     ("--max_bad 0.5", "--max_bad would change nothing"),
     ("--data_dir .", "--data_dir would change nothing"),

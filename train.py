@@ -37,10 +37,7 @@ from model import (GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, r
                    save_checkpoint, set_threads)
 from sample import draw
 
-# Defaults of the small data sets; DATASETS has what differs. Rarely set: the second group, and
-# every field of model.Config, by --set NAME=VALUE.
-FLAGS = dict(model="gpt-tiny", steps=2400, global_batch=64, lr=2e-3, size=16, patch=4,
-             eval_every=400)
+# Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
 SETTINGS = dict(
     optimizer="muon",           # or adamw; muon needs half the steps on the small sets
     lr_schedule="cosine",       # or constant, after the warm-up
@@ -52,6 +49,7 @@ SETTINGS = dict(
 )
 # all orders take longer to learn than one: digits, 2400 steps .101 held out, 6000 .093 (gpt .090)
 PATIENT = {"mar-tiny": dict(steps=6000)}
+CHOICES = {"optimizer": ("muon", "adamw"), "lr_schedule": ("cosine", "constant")}
 FREE = {"steps", "accumulate", "device", "threads", "compile", "dry_run", "eval_every", "out_dir",
         "max_bad", "data_dir", "vae", "cache_dir", "checkpoint_blocks", "eval_images", "set"}
 
@@ -59,71 +57,65 @@ FREE = {"steps", "accumulate", "device", "threads", "compile", "dry_run", "eval_
 def parse_args(argv=None):
     p = Parser(description="Train a generator. Defaults are those of --dataset; to resume, run the "
                            "same command again.")
-    p.add_argument("--dataset", choices=DATASETS, default="digits", help="what to train on")
-    p.add_argument("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, of idx "
-                                      "files (mnist), ImageNet")
-    p.add_argument("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder)")
-    p.add_argument("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
-    p.add_argument("--size", type=number(int, 4, 2048), help="pixels of a side")
-    p.add_argument("--patch", type=number(int, 1, 64), help="pixels of a token's side")
-    p.add_argument("--max_bad", type=number(float, 0, 1), default=0.01,
-                   help="folders of images: share of unreadable ones that is tolerated")
-    p.add_argument("--model", help=f"one of {', '.join(PRESETS)}")
-    p.add_argument("--out_dir", default="out", help="where the run lives")
-    p.add_argument("--steps", type=number(int, 0), help="optimiser steps in all")
-    p.add_argument("--global_batch", type=number(int, 1), help="images per step, all processes")
-    p.add_argument("--accumulate", type=number(int, 1), default=1,
-                   help="parts that a process's batch is cut into: less memory, the same result")
-    p.add_argument("--lr", type=number(float, 0, 10), help="peak learning rate")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                   help="of weights, data order and noise")
-    p.add_argument("--eval_every", type=number(int, 1), help="steps between checkpoints")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    p.add_argument("--threads", type=number(int, 0, 1024), default=0,
-                   help="CPU threads, 0 = 1 for small models, else all")
-    p.add_argument("--compile", action="store_true", help="torch.compile (CUDA)")
-    p.add_argument("--checkpoint_blocks", action="store_true",
-                   help="recompute blocks in the backward pass: less memory, exact, slower")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE",
-                   help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
-    p.add_argument("--dry-run", action="store_true", help="print what the run would take, and stop")
+    add = p.add_argument
+    add("--dataset", choices=DATASETS, default="digits", help="what to train on")
+    add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, of idx files "
+                           "(mnist), ImageNet")
+    add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder)")
+    add("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
+    add("--size", type=number(int, 4, 2048), default=16, help="pixels of a side")
+    add("--patch", type=number(int, 1, 64), default=4, help="pixels of a token's side")
+    add("--max_bad", type=number(float, 0, 1), default=0.01,
+        help="folders of images: share of unreadable ones that is tolerated")
+    add("--model", default="gpt-tiny", help=f"one of {', '.join(PRESETS)}")
+    add("--out_dir", default="out", help="where the run lives")
+    add("--steps", type=number(int, 0), default=2400, help="optimiser steps in all")
+    add("--global_batch", type=number(int, 1), default=64, help="images per step, all processes")
+    add("--accumulate", type=number(int, 1), default=1,
+        help="parts that a process's batch is cut into: less memory, the same result")
+    add("--lr", type=number(float, 0, 10), default=2e-3, help="peak learning rate")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of weights, data order, noise")
+    add("--eval_every", type=number(int, 1), default=400, help="steps between checkpoints")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
+    add("--threads", type=number(int, 0, 1024), default=0,
+        help="CPU threads, 0 = 1 for small models, else all")
+    add("--compile", action="store_true", help="torch.compile (CUDA)")
+    add("--checkpoint_blocks", action="store_true",
+        help="recompute blocks in the backward pass: less memory, exact, slower")
+    add("--set", nargs="+", default=[], metavar="NAME=VALUE",
+        help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
+    add("--dry-run", action="store_true", help="print what the run would take, and stop")
 
     argv = sys.argv[1:] if argv is None else argv
     early, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     which = DATASETS[early.dataset]
-    defaults = {**FLAGS, **which.defaults, **(PATIENT.get(early.model, {}) if which.load else {})}
+    defaults = {**SETTINGS, **PATIENT.get(early.model, {}), **which.defaults}
     if which.load is datasets.load_folder and early.vae:
         defaults.update(size=256, patch=1)
-    settings = {k: v for k, v in defaults.items() if k not in FLAGS}
-    p.set_defaults(**{k: v for k, v in defaults.items() if k in FLAGS})
+    p.set_defaults(**{k: defaults.pop(k) for k in [*defaults] if k in vars(early)})
     args = p.parse_args(argv)
-    args.settings, args.architecture = parse_settings(args.set, {**SETTINGS, **settings})
+    args.settings, args.architecture = parse_settings(args.set, defaults)
     return args
 
 
-def parse_settings(pairs, defaults):
-    """(training settings, fields of Config) of NAME=VALUE pairs, over the defaults."""
-    about = {f.name: f.type for f in fields(Config)}
-    settings = {k: v for k, v in defaults.items() if k in SETTINGS}
-    changes = {k: v for k, v in defaults.items() if k in about}
-    read = {bool: lambda v: {"0": False, "1": True}[v]}
+def parse_settings(pairs, values):
+    """(training settings, fields of Config) of NAME=VALUE pairs, over the default values."""
+    kinds = {f.name: f.type for f in fields(Config)} | {k: type(v) for k, v in SETTINGS.items()}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if name not in about and name not in SETTINGS:
-            close = difflib.get_close_matches(name, [*SETTINGS, *about], 1)
-            raise ValueError(f"--set {pair}: no such setting" + (f"; did you mean {close[0]}?" if
-                             close else f"; known are {', '.join([*SETTINGS, *about])}"))
-        kind = type(SETTINGS[name]) if name in SETTINGS else about[name]
+        if name not in kinds:
+            close = difflib.get_close_matches(name, kinds, 1) or kinds
+            raise ValueError(f"--set {pair}: no such setting; did you mean {', '.join(close)}?")
+        kind, choices = kinds[name], CHOICES.get(name, (value,))
         try:
-            (settings if name in SETTINGS else changes)[name] = read.get(kind, kind)(value)
+            values[name] = {"0": False, "1": True}[value] if kind is bool else kind(value)
         except (ValueError, KeyError):
-            raise ValueError(f"--set {pair}: expected {name}=<{kind.__name__}>" + (
-                ", 0 or 1" if kind is bool else "")) from None
-    choices = {"optimizer": ("muon", "adamw"), "lr_schedule": ("cosine", "constant")}
-    for name, choices in choices.items():
-        if settings[name] not in choices:
-            raise ValueError(f"--set {name}={settings[name]}: choose {' or '.join(choices)}")
-    return settings, changes
+            what = "0 or 1" if kind is bool else f"<{kind.__name__}>"
+            raise ValueError(f"--set {pair}: expected {name}={what}") from None
+        if value not in choices:
+            raise ValueError(f"--set {pair}: choose {' or '.join(choices)}")
+    settings = {k: values.pop(k) for k in SETTINGS}
+    return settings, values
 
 
 class World:
@@ -136,12 +128,12 @@ class World:
         if self.size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
 
-    def mean(self, value):
-        """Mean over the ranks of a float or 0-d tensor, as a float."""
-        value = torch.as_tensor(value, dtype=torch.float32, device=self.device).detach().clone()
+    def mean(self, *values):
+        """The mean of each value over the ranks, as floats."""
+        total = torch.tensor([float(v) for v in values], device=self.device)
         if self.size > 1:
-            dist.all_reduce(value)
-        return value.item() / self.size
+            dist.all_reduce(total)
+        return [v / self.size for v in total.tolist()]
 
 
 def generator(device, *key):
@@ -277,40 +269,31 @@ def checkpoint_blocks(model):
 # ---------------------------------------------------------------- runs
 
 def settings_of(args):
-    """All that decides what a run computes, beside the architecture, for its checkpoint."""
+    """All flags and settings of a run, but the architecture, as a dict."""
     flags = {k: v for k, v in vars(args).items() if not k.startswith("_")}
-    flags.pop("architecture")
-    settings = flags.pop("settings")
-    return {**flags, **settings}
-
-
-def state_of(model, ema, optimizers, step, records, dataset, args):
-    return {"config": asdict(model.cfg), "model": model.state_dict(), "ema": ema.state_dict(),
-            "optimizers": [o.state_dict() for o in optimizers], "step": step, "records": records,
-            "args": settings_of(args), "data": dataset.facts,
-            "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
+    del flags["architecture"]
+    return flags.pop("settings") | flags
 
 
 def resume(path, model, ema, optimizers, dataset, args):
     """Load a checkpoint of this very run: (step, records); ValueError names whatever differs."""
-    state, now = read_checkpoint(path), settings_of(args)
+    state = read_checkpoint(path)
     if "optimizers" not in state or "records" not in state:
-        raise ValueError(f"{path} holds weights, but no run of this version that could be resumed; "
-                         "choose another --out_dir")
-    changed = [f"--{k} {state['args'].get(k)} -> {v}" for k, v in now.items()
-               if k not in FREE and state["args"].get(k) != v]
-    old, config = state["config"], asdict(model.cfg)
-    changed += [f"{k} {old.get(k)} -> {v}" for k, v in config.items() if old.get(k) != v]
-    facts = dataset.facts
-    for name in ("class_names", "n_train"):
-        if facts[name] != state["data"][name]:
-            brief = lambda v: f"{len(v)} classes ({v[0]} ...)" if isinstance(v, list) else v
-            changed.append(f"{name}: {brief(state['data'][name])} -> {brief(facts[name])}")
-    if (facts["vae"] or {}).get("fingerprint") != (state["data"]["vae"] or {}).get("fingerprint"):
-        changed.append("another VAE than that of the latents so far")
+        raise ValueError(f"{path} holds no run that could be resumed; choose another --out_dir")
+
+    def decisive(args, config, data):
+        flags = {k: v for k, v in args.items() if k not in FREE}
+        return {**flags, **config, "classes": data["class_names"], "images": data["n_train"],
+                "latents": (data["vae"] or {}).get("fingerprint")}
+
+    old = decisive(state["args"], state["config"], state["data"])
+    new = decisive(settings_of(args), asdict(model.cfg), dataset.facts)
+    changed = [f"{k} {str(old.get(k))[:60]} -> {str(v)[:60]}" for k, v in new.items()
+               if old.get(k) != v]
     if changed:
         raise ValueError(f"{path} holds another run ({'; '.join(changed)}); repeat its flags to "
                          "resume it or choose another --out_dir")
+
     model.load_state_dict(state["model"])
     ema.load_state_dict(state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -318,34 +301,13 @@ def resume(path, model, ema, optimizers, dataset, args):
     return state["step"], state["records"]
 
 
-def describe(model, cfg, dataset, args, world):
-    """Print what will be trained; with --dry-run what it takes, too."""
-    if args.dry_run:
-        about = {**settings_of(args), "config": asdict(cfg), "data": dict(dataset.facts)}
-        about["data"].pop("class_names")                 # there may be a thousand
-        print(json.dumps(about, indent=2))
-    print(f"{args.model} on {args.dataset}: {model.num_params / 1e6:.3g}M parameters, "
-          f"{cfg.n_tokens} tokens of {cfg.token_dim}, {len(dataset.train)} training and "
-          f"{len(dataset.heldout)} held-out images, {len(dataset.class_names)} classes")
-    if args.dry_run:
-        import plan
-        share = args.global_batch // world.size // args.accumulate
-        plan.describe(cfg, share, args.global_batch, args.steps, args.checkpoint_blocks)
-
-
-def check_out_dir(out, path, size):
-    """Fail before training where the run could not be saved: `size` bytes a checkpoint."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / ".write_test").write_bytes(b"x")
-        (out / ".write_test").unlink()
-    except OSError as error:
-        raise ValueError(f"--out_dir {out} cannot be written: {error.strerror or error}") from None
-    free, need = shutil.disk_usage(out).free, size * (1 if path.exists() else 2)
-    if free < need:
-        raise ValueError(f"--out_dir {out} has {free / 2**20:.0f} MiB free, but a checkpoint and "
-                         f"its successor need {need / 2**20:.0f} MiB more; free some space or "
-                         "choose another --out_dir")
+def check_space(out, need):
+    """ValueError where a checkpoint and its successor could not be saved: `need` bytes in all."""
+    out.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out).free
+    if free < need or not os.access(out, os.W_OK):
+        raise ValueError(f"--out_dir {out} has {free / 2**20:.0f} MiB free, but must be writable "
+                         f"and have {need / 2**20:.0f} MiB for a checkpoint and its successor")
 
 
 def save(path, model, ema, optimizers, step, records, dataset, args):
@@ -353,7 +315,10 @@ def save(path, model, ema, optimizers, step, records, dataset, args):
     finite = all(p.isfinite().all() for m in (model, ema) for p in m.parameters())
     if not finite or not math.isfinite(records[-1]["heldout_loss"] if records else 0):
         raise SystemExit(diverged("weights or held-out loss are not finite", step, path, args))
-    state = state_of(model, ema, optimizers, step, records, dataset, args)
+    state = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": ema.state_dict(),
+             "optimizers": [o.state_dict() for o in optimizers], "step": step, "records": records,
+             "args": settings_of(args), "data": dataset.facts,
+             "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
     try:
         save_checkpoint(path, state)
     except (OSError, RuntimeError) as error:             # torch's writer has no class of its own
@@ -393,60 +358,66 @@ def sample_grid(path, ema, dataset, args, columns=10):
 
 
 def open_data(args, device):
-    """The data set of the flags; reads only the flags that it needs."""
-    which, options = DATASETS[args.dataset], {}
-    if which.needs_dir or which.load is None:
-        options["data_dir"] = args.data_dir
-    if which.load in (datasets.load_folder, None):
-        options.update(vae=args.vae, max_bad=args.max_bad)
-        if options["vae"] or which.load is None:
-            options["cache_dir"] = args.cache_dir
+    """The data set of the flags; looks only at those that it needs, so that others are refused."""
+    which = DATASETS[args.dataset]
+    folder, imagenet = which.load is datasets.load_folder, which.load is None
+    options = {"data_dir": args.data_dir} if which.needs_dir or imagenet else {}
+    if folder or imagenet:
+        options |= {"vae": args.vae, "max_bad": args.max_bad}
+    if imagenet or options.get("vae"):
+        options |= {"cache_dir": args.cache_dir}
     return datasets.load(args.dataset, size=args.size, patch=args.patch, device=device,
                          plan=args.dry_run, **options)
 
 
 def main():
     args = parse_args()
-    device = pick_device(args.device)
-    dataset = open_data(args, device)
+    dataset = open_data(args, pick_device(args.device))
     cfg = preset(args.model, **{**args.architecture, "token_dim": dataset.token_dim,
                                 "grid": dataset.grid, "num_classes": len(dataset.class_names)})
     world = World(args.device)
-    if args.global_batch % (world.size * args.accumulate):
+    share, rest = divmod(args.global_batch, world.size * args.accumulate)
+    if rest:
         raise ValueError(f"--global_batch {args.global_batch} must be a multiple of processes x "
                          f"--accumulate = {world.size} x {args.accumulate}")
-    args.check_used("steps", "lr", "seed", "eval_every", "out_dir", "checkpoint_blocks", "dry_run",
-                    "compile" if device.type == "cuda" else "threads")
-    if args.dry_run:
-        with torch.device("meta"):
-            model = build(cfg)
-        return describe(model, cfg, dataset, args, world)
+    args.check_used("steps", "lr", "seed", "eval_every", "out_dir", "checkpoint_blocks",
+                    "compile" if world.device.type == "cuda" else "threads")
 
     torch.manual_seed(args.seed)                         # the same weights on every rank
-    model = build(cfg).to(world.device)
-    model.diffloss.x0_bound = dataset.x0_bound
-    set_threads(model, world.device, args.threads)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    if args.checkpoint_blocks:
-        checkpoint_blocks(model)
-    optimizers, out = make_optimizers(model, args), Path(args.out_dir)
+    with torch.device("meta" if args.dry_run else "cpu"):
+        model = build(cfg)
     if world.rank == 0:
-        check_out_dir(out, out / "ckpt.pt", 16 * model.num_params)
-        describe(model, cfg, dataset, args, world)
-    train(model, ema, optimizers, dataset, args, world, out)
+        print(f"{args.model} on {args.dataset}: {model.num_params / 1e6:.3g}M parameters, "
+              f"{cfg.n_tokens} tokens of {cfg.token_dim}, {len(dataset.train)} training and "
+              f"{len(dataset.heldout)} held-out images, {len(dataset.class_names)} classes")
+    if args.dry_run:
+        import plan
+        print(settings_of(args), cfg, sep="\n")
+        plan.describe(cfg, share, args.global_batch, args.steps, args.checkpoint_blocks)
+    else:
+        train(model.to(world.device), dataset, args, world)
     if world.size > 1:
         dist.destroy_process_group()
 
 
-def train(model, ema, optimizers, dataset, args, world, out):
-    path, first, records, chief = out / "ckpt.pt", 0, [], world.rank == 0
+def train(model, dataset, args, world):
+    """Train to --steps, from the checkpoint in --out_dir if there is one."""
+    set_threads(model, world.device, args.threads)
+    model.diffloss.x0_bound = dataset.x0_bound
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = make_optimizers(model, args)
+    if args.checkpoint_blocks:
+        checkpoint_blocks(model)
+
+    out, chief, first, records = Path(args.out_dir), world.rank == 0, 0, []
+    path = out / "ckpt.pt"
+    if chief:
+        check_space(out, 16 * model.num_params * (1 if path.exists() else 2))
     if path.exists():
         first, records = resume(path, model, ema, optimizers, dataset, args)
-        if chief and first >= args.steps:
-            print(f"{path} has its {first} steps: nothing to train. Raise --steps to go on, or "
-                  "choose another --out_dir")
-        elif chief:
-            print(f"resuming {path} at step {first} of {args.steps}")
+        if chief:
+            print(f"resuming {path} at step {first} of {args.steps}" if first < args.steps else
+                  f"{path} has its {first} steps: nothing to train. Raise --steps to go on")
     elif chief:
         save(path, model, ema, optimizers, 0, [], dataset, args)    # shows now that saving works
     ddp = torch.compile(model) if args.compile else model
@@ -456,7 +427,7 @@ def train(model, ema, optimizers, dataset, args, world, out):
     stop = []                                            # signals: finish the step, save, exit 0
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: stop.append(number))
-    began, since, losses = time.time(), time.time(), []
+    since, losses = time.time(), []
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training",
                unit="step", disable=None if chief else True, dynamic_ncols=True)
     for step in bar:
@@ -465,7 +436,8 @@ def train(model, ema, optimizers, dataset, args, world, out):
         due = done == args.steps or done % args.eval_every == 0
         if not due and step % 20 != 19:
             continue                                     # below are the only points that wait
-        loss, stopping = world.mean(torch.stack(losses).mean()), world.mean(len(stop)) > 0
+
+        loss, stopping = world.mean(torch.stack(losses).mean(), len(stop))
         if not math.isfinite(loss):
             raise SystemExit(diverged(f"the loss is {loss}", done, path, args) if chief else 1)
         rate = args.global_batch / (time.time() - since) * len(losses)
@@ -477,21 +449,16 @@ def train(model, ema, optimizers, dataset, args, world, out):
             save(path, model, ema, optimizers, done, records, dataset, args)
             bar.write(f"step {done}: loss {loss:.4f}, held out {held:.4f}, {rate:.0f} images/s")
         if stopping:
-            bar.close()
-            if chief:
-                print(f"stopped by a signal; saved {path} at step {done}; to resume, run the same "
-                      "command again")
-            return
+            break
         losses, since = [], time.time()
 
-    if chief:
-        if first < args.steps:
-            print(f"trained {args.steps - first} steps in {time.time() - began:.0f} s")
-        if records:
-            plot_loss(out / "loss.png", records)
+    bar.close()
+    if chief and stop:
+        print(f"stopped by a signal; saved {path}; to resume, run the same command again")
+    elif chief:
+        plot_loss(out / "loss.png", records)
         sample_grid(out / "samples.png", ema, dataset, args)
-        made = [out / "samples.png"] + [out / "loss.png"] * bool(records)
-        print(f"{path}, {', '.join(map(str, made))}; more images: python sample.py --ckpt {out}")
+        print(f"{path}, {out / 'samples.png'}; more images: python sample.py --ckpt {out}")
 
 
 if __name__ == "__main__":
