@@ -304,7 +304,7 @@ def main(argv=None):
 
 
 def open_job(kind, args):
-    """The sample.Job of a checkpoint; ValueError if it is of another kind."""
+    """The job of a checkpoint; ValueError if it is of another kind."""
     flags = {"ckpt": getattr(args, kind), "device": args.device, "data_dir": args.data_dir,
              "vae": args.vae}
     job = sample.setup(sample.parse_args([f"--{k}={v}" for k, v in flags.items() if v]))

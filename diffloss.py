@@ -187,7 +187,8 @@ def respaced_steps(steps, n=T_TRAIN):
     """`steps` training steps, evenly spread over 0 .. n-1 with both ends kept: int64 (steps,)."""
     if not 1 <= steps <= n:
         raise ValueError(f"{steps} diffusion steps asked for, but 1 to {n} are possible")
-    return np.array([round(i * (n - 1) / max(steps - 1, 1)) for i in range(steps)], dtype=np.int64)
+    last = [n - 1] if steps == 1 else [round(i * (n - 1) / (steps - 1)) for i in range(steps)]
+    return np.array(last, dtype=np.int64)
 
 
 @lru_cache
@@ -210,7 +211,7 @@ def logsnr_steps(steps):
 # ---------------------------------------------------------------- samplers
 # run(denoise, noise, steps, temperature=1.0, callback=None) -> x0 (..., D)
 #   denoise(x_t, t: int) -> x0 (..., D) within its bound, variance fraction v (..., D)
-#   noise (n_noise, ..., D): noise[0] starts the trajectory, noise[1 + j] is fresh noise of step j
+#   noise (n_noise, ..., D): noise[0] starts the trajectory, noise[j] follows the j-th evaluation
 #   temperature multiplies the fresh noise or, where there is none, the initial one
 #   callback(t, x_t, x0) is called after each evaluation
 # A small head takes no longer than the sampler's own arithmetic, so that each is written in as few

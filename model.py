@@ -6,7 +6,9 @@
                                the known patches are real
     generate(y, noise, ...)    tokens (B, N, D): Algorithm 1; `refine` moves each condition
 
-What is not here: the denoising head and its samplers (diffloss.py), refinement (ot_refine.py).
+A condition c is a vector of width C. Place i is an index in the generation order, a position one in
+the raster; for AR they are the same. What is not here: the denoising head and its samplers
+(diffloss.py), refinement (ot_refine.py).
 References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffusion loss).
 """
 import argparse
@@ -239,7 +241,7 @@ class Generator(nn.Module):
         lines 4-6). c (B, C), positions pos (B,), noise x_T (B, D)."""
         if not self.cfg.inverse:
             raise ValueError("lam > 0 needs T^-1, but this model was trained with inverse=0")
-        # CHOICE(x_hat): one evaluation, at t = 900 where alpha = .16: nearly E[x | c], but the
+        # CHOICE(x_hat): one evaluation, at t = 900 where alpha = .15: nearly E[x | c], but the
         # head's error is magnified 6 times and not 20,000 times as at t = 999. Alternative: a
         # whole trajectory, the paper's literal text; the row "literal Algorithm 1" of ablate.py.
         t = torch.full(pos.shape, 900, device=c.device)
@@ -322,6 +324,7 @@ class AR(Generator):
 
         for i in range(N):                                                   # Alg. 1 line 1
             c, *null = self.next_condition(i, h, caches).split(B)            # line 2
+            # place 0 knows the class alone: nothing has drifted
             refined = refine(i, c, y) if refine and i > 0 else c             # lines 3-8
             if on_condition:
                 on_condition(i, c, refined)

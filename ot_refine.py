@@ -8,6 +8,7 @@ second:
     T = Gaussian.fit(c, target, reg)     the exact map between two Gaussians
     T = Sinkhorn.fit(c, target, reg)     the debiased map of entropic optimal transport
     T(c)                                 moves any condition, each on its own
+    T.own(c)                             optional: moves the very cloud that T was fitted on
     c = jko_step(c, T(c), eta)
 
 A map is a dataclass of tensors, so that it can be saved. To add one, write such a class and put it
@@ -135,7 +136,8 @@ def divergence(x, y, reg, n_iter=1000, tol=1e-6):
 class Sinkhorn:
     """The debiased entropic map T(z) = z + sum_l P(z, y_l) y_l - sum_l P(z, c_l) c_l  (line 7).
 
-    At the points that it is fitted on T(c) - c = -n/2 dS_reg/dc: the gradient of the divergence.
+    On the cloud that it is fitted on `own` gives T(c) - c = -n/2 dS_reg/dc, the gradient of the
+    divergence; of few points both sides of one distribution still contract a little.
     CHOICE(classes): c and target are of one class, so that transport never mixes classes.
     """
     target: torch.Tensor        # (m, C)
@@ -158,7 +160,7 @@ class Sinkhorn:
         """T(z) (B, C) of any z (B, C), each on its own: z joins the cloud, with a weight u.
 
         Its plan has e_l u / (n + 1) on c_l and u^2 / (n + 1) on z itself; these sum to 1. Far from
-        the cloud the last sum is z. Left out of its own cloud, z would keep its whole residual.
+        the cloud the last sum is z. Left out of it, z would keep its whole offset from the cloud.
         """
         n, e = len(self.cloud), ((self.h - sq_cost(z, self.cloud)) / self.reg).exp()
         total = e.sum(1, keepdim=True)
@@ -183,7 +185,7 @@ class Biased(Sinkhorn):
 
 @dataclass
 class Gaussian:
-    """T(z) = to + A (z - mean), A S A = T: the exact map of N(mean, S) to N(to, T), A symmetric."""
+    """T(z) = to + A (z - mean), A S A = R: the exact map of N(mean, S) to N(to, R), A symmetric."""
     mean: torch.Tensor          # (C,)
     A: torch.Tensor             # (C, C)
     to: torch.Tensor            # (C,)
@@ -192,14 +194,14 @@ class Gaussian:
     def fit(cls, c, target, reg=None):
         """By the means and shrunk covariances of c (n, C) and target (m, C), in float64."""
         x, y = c.double() - c.double().mean(0), target.double() - target.double().mean(0)
-        S, T, n, m = x.T @ x, y.T @ y, len(x), len(y)
-        both = (S + T) / max(n + m - 2, 1)
+        S, R, n, m = x.T @ x, y.T @ y, len(x), len(y)
+        both = (S + R) / max(n + m - 2, 1)
         ridge = (1e-3 * both.trace() + 1e-30) / len(both)          # invertible at any n and m
         both = both + ridge * torch.eye(len(both), dtype=both.dtype, device=both.device)
 
         root = sqrtm(shrunk(S, n, both))
         inverse = torch.linalg.inv(root)
-        A = inverse @ sqrtm(root @ shrunk(T, m, both) @ root) @ inverse
+        A = inverse @ sqrtm(root @ shrunk(R, m, both) @ root) @ inverse
         return cls(c.mean(0), A.to(c.dtype), target.mean(0))
 
     def __call__(self, z):
@@ -250,9 +252,12 @@ def stages(method="default", K=2, eta=2.0):
         raise ValueError(f"--refine {method!r}; choose one of none, default, {', '.join(MAPS)}")
     if method == "none" or K == 0 or eta == 0:
         return ()
-    whole = (("gaussian", float("inf")),) if method in ("default", "gaussian") else ()
-    steps = {"default": "sinkhorn", "gaussian": None}.get(method, method)
-    return whole + ((steps, eta),) * K * (steps is not None)
+    whole = (("gaussian", float("inf")),)
+    if method == "gaussian":
+        return whole
+    if method == "default":
+        return whole + (("sinkhorn", eta),) * K
+    return ((method, eta),) * K
 
 
 METHODS = ("none", "default", *MAPS)
@@ -276,7 +281,8 @@ class Refiner:
     """refine(i, c) -> c' (n, C): the conditions c of one class at place i, moved to its targets.
 
     axes (N, C, r) and targets (N, m, r), which are given in these axes; the rest of a condition
-    stays as it is. reg: see Sinkhorn.fit. inverse(i, c) -> a (n, C) is T^-1(x_hat(c)), for lam > 0.
+    stays as it is. reg: see Sinkhorn.fit. For lam > 0 inverse(i, c) -> a (n, C) is T^-1(x_hat(c)):
+    the paper's name for the condition that a patch reveals, not the inverse of the map T.
     CHOICE(coupling): frozen=False fits each map on the very conditions that it moves: the literal,
     coupled Algorithm 1. The maps are kept, and frozen=True applies them, so that every image is
     refined on its own. Flag: --coupled.
@@ -300,12 +306,12 @@ class Refiner:
         with exact(c.device):
             full, axes, T = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
             z = low = full @ axes                                              # (n, r)
+            lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
             if not self.frozen:
                 T = self.maps[i] = []
                 check_finite(z, i)
 
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
-                lift = lambda z: full + (z - low) @ axes.T
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
                 if not self.frozen:
                     T.append(MAPS[name].fit(z, self.targets[i], self.reg))     # line 7

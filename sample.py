@@ -7,8 +7,9 @@
     python sample.py --inpaint x.png --mask m.png      mar fills the white part of the mask
     torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz    each GPU a share (mind the --)
 
-Image k of a seed is the same at any batch size. Refinement goes class by class: its memory is that
-of one class, however many there are. Targets and maps are kept in the folder refine/ of the run.
+Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
+that its memory is that of one class, or of a few small ones, however many there are. Targets and
+maps are kept in the folder refine/ of the run.
 """
 import functools
 import hashlib
@@ -64,7 +65,7 @@ def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
 
     CHOICE(target): the ideal condition is what the transformer computes from an error-free context,
     so that P_c differs from P_c* by exposure bias alone. Alternative: the paper's buffer of the
-    conditions met in training, which was worse. For another P_c*, change x or c here.
+    conditions met in training, which was worse. For another P_c*, change x here.
     """
     device = next(model.parameters()).device
     y, parts = torch.full((len(x),), k, device=device), []
@@ -99,7 +100,7 @@ def revealed(model, order, seed=0):
     """inverse(i, c) -> T^-1(x_hat(c)) (n, C) for lam > 0, with one fixed noise a place."""
     cfg, device = model.cfg, next(model.parameters()).device
     order = torch.arange(cfg.n_tokens, device=device) if order is None else order
-    z = ImageNoise(-1 - seed, [0], device).randn(cfg.n_tokens, cfg.token_dim)[0]         # (N, D)
+    z = ImageNoise(-1 - seed, [-1], device).randn(cfg.n_tokens, cfg.token_dim)[0]         # (N, D)
     return lambda i, c: model.reveal(c, order[i].expand(len(c)), z[i].expand(len(c), -1))
 
 
@@ -361,7 +362,7 @@ def parse_args(argv=None):
              "are calibrated once, each image is refined on its own")
     add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
     add("--eta", type=number(float, 0, 1e6), default=2.0,
-        help="with --refine: step size, the dial from variety to fidelity")
+        help="with --refine: step size; larger: more fidelity, less variety")
     add("--m", type=number(int, 1), default=500,
         help="with --refine: reference images of a class, at most")
     add("--data_dir", help="with --refine: where the reference images (or their latent cache) are "

@@ -3,10 +3,11 @@
     python train.py                                     digits on a CPU, minutes
     python train.py --dataset folder --data_dir photos  your own images
     python train.py --dataset imagenet256 --data_dir ImageNet --vae kl16.ckpt --model mar-b
-    torchrun --nproc_per_node 8 train.py ...            the same on 8 GPUs; the batch is shared out
+    torchrun --nproc_per_node 8 -- train.py ...         the same on 8 GPUs; the batch is shared out
 
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that
-a resumed run equals an uninterrupted one, and 2 processes x batch 8 equal 1 process x batch 16.
+a resumed run equals an uninterrupted one, and 2 processes x batch 8 equal 1 x batch 16 (but for
+dropout's masks).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, loss.png, samples.png.
 """
 import copy
@@ -42,7 +43,7 @@ SETTINGS = dict(
     optimizer="muon",           # or adamw; muon needs half the steps on the small sets
     lr_schedule="cosine",       # or constant, after the warm-up
     warmup=200,                 # steps of linear warm-up
-    weight_decay=0.02,          # on matrices outside the head
+    weight_decay=0.02,          # on matrices: AdamW's outside the head, and all of Muon's
     clip=3.0,                   # gradient norm limit, 0 = off
     ema_decay=0.999,            # of the averaged weights, which are those that sample
     eval_images=1024,           # held-out images in the held-out loss, at most
@@ -50,6 +51,7 @@ SETTINGS = dict(
 # all orders take longer to learn than one: digits, 2400 steps .101 held out, 6000 .093 (gpt .090)
 PATIENT = {"mar-tiny": dict(steps=6000)}
 CHOICES = {"optimizer": ("muon", "adamw"), "lr_schedule": ("cosine", "constant")}
+# what may differ when a run is resumed
 FREE = {"steps", "accumulate", "device", "threads", "compile", "dry_run", "eval_every", "out_dir",
         "max_bad", "data_dir", "vae", "cache_dir", "checkpoint_blocks", "eval_images", "set"}
 
@@ -155,8 +157,8 @@ def learning_rate(step, args):
 
 
 def make_optimizers(model, args):
-    """[AdamW (.9, .95)], without decay on vectors and the head (as in MAR); Muon takes the matrices
-    of the blocks from it."""
+    """[AdamW (.9, .95)], without decay on vectors and the head (as in MAR). Muon takes the matrices
+    of all blocks from it, those of the head's residual blocks too, and decays them."""
     decay, muon = args.settings["weight_decay"], args.settings["optimizer"] == "muon"
     ours = lambda name, p: muon and p.dim() == 2 and "blocks." in name
     plain = ("diffloss.", "inverse.")
