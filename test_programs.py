@@ -414,7 +414,7 @@ def tells_of_step_3(file):
     train.train_step = lambda step, *a: (step == 3 and file.write_text("now"), real(step, *a))[1]
 
 
-@every("name", [signal.SIGTERM, signal.SIGINT])
+@every("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
     log, told = tmp_path / "log", tmp_path / "told"
     p = start(log, "train", "--out_dir", tmp_path / "r", "--steps", 10 ** 5, "--eval_every",
@@ -426,6 +426,15 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
     p.join(120)
     assert p.exitcode == 0 and "stopped by a signal; saved" in log.read_text(), log.read_text()
     assert models.read_checkpoint(tmp_path / "r")["step"] > 0
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused_while_the_first_lives(own_run):
+    before = (own_run / "ckpt.pt").read_bytes()
+    first = train.lock(own_run)
+    refused(f"another train.py, pid {os.getpid()} on", train, "--out_dir", own_run, *FAST)
+    assert (own_run / "ckpt.pt").read_bytes() == before
+    first.close()
+    train.lock(own_run).close()
 
 
 def dies_in_the_second_save():

@@ -12,10 +12,12 @@ It leaves in --out_dir: ckpt.pt, metrics.jsonl, loss.png, samples.png.
 """
 import copy
 import difflib
+import fcntl
 import functools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -312,6 +314,23 @@ def check_space(out, need):
                          f"and have {need / 2**20:.0f} MiB for a checkpoint and its successor")
 
 
+def lock(out):
+    """An open file whose lock this process holds, so that no other trains in `out`; any death of
+    the process releases it."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise ValueError(f"another train.py, {file.read()}, runs in {out}; stop it, or choose "
+                         "another --out_dir") from None
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
 def save(path, model, ema, optimizers, step, records, dataset, args):
     """Checkpoint and metrics, unless something is not finite: then the old checkpoint stays."""
     finite = all(p.isfinite().all() for m in (model, ema) for p in m.parameters())
@@ -397,7 +416,8 @@ def main():
         print(settings_of(args), cfg, sep="\n")
         plan.describe(cfg, share, args.global_batch, args.steps, args.checkpoint_blocks)
     else:
-        train(model.to(world.device), dataset, args, world)
+        with lock(Path(args.out_dir)) if world.rank == 0 else nullcontext():
+            train(model.to(world.device), dataset, args, world)
     if world.size > 1:
         dist.destroy_process_group()
 
@@ -427,7 +447,7 @@ def train(model, dataset, args, world):
         ddp = DDP(ddp, device_ids=[world.device.index] if world.device.type == "cuda" else None)
 
     stop = []                                            # signals: finish the step, save, exit 0
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(name, lambda number, frame: stop.append(number))
     since, losses = time.time(), []
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training",
@@ -436,8 +456,9 @@ def train(model, dataset, args, world):
         losses.append(train_step(step, model, ddp, ema, optimizers, dataset, args, world))
         done = step + 1
         due = done == args.steps or done % args.eval_every == 0
-        if not due and step % 20 != 19:
-            continue                                     # below are the only points that wait
+        # the only points that wait; alone, a signal is met at once, many processes agree here
+        if not due and step % 20 != 19 and not (stop and world.size == 1):
+            continue
 
         loss, stopping = world.mean(torch.stack(losses).mean(), len(stop))
         if not math.isfinite(loss):
