@@ -299,12 +299,17 @@ def real_images(dataset, device="cpu"):
     found, K = [], len(dataset.class_names)
     for split, most in ((dataset.heldout, MAX_REAL), (dataset.train, MAX_TRAIN)):
         index = torch.cat([split.of_class(y, max(1, most // K)) for y in range(K)])
+        if len(index) < len(split):
+            name = "held-out" if split is dataset.heldout else "training"
+            print(f"note: {len(index)} of {len(split)} {name} images are used")
         images, labels = [], []
         for part in index.split(256):               # an image is 48 times as large as its latent
             x, y = split.batch(part)
             images.append(to_uint8(dataset.decode(patchify(x, dataset.patch).to(device))))
             labels.append(y)
         found += [torch.from_numpy(np.concatenate(images)), torch.cat(labels)]
+    if dataset.vae:
+        print("note: the real images are decoded latents: what the VAE loses is not counted")
     return Real(*found)
 
 
