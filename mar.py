@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import sys
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
