@@ -30,7 +30,7 @@ import data as datasets
 import evaluate
 import ot_refine
 import sample
-from data import Parser, number, run
+from files import Parser, number, run
 from diffloss import ImageNoise
 from evaluate import MIN_IMAGES, Judge, make_extractor, mean_std, real_images, sliced_w2, warn
 from model import GUIDANCE, KINDS

@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 
 import train as training
-from data import Parser, number, run
+from files import Parser, number, run
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import amp, build, guidance_at, pick_device, preset
 from plan import sampling_flops, training_flops

@@ -1,4 +1,4 @@
-"""Data sets as uint8 images with labels, their order, and the manners that all programs share.
+"""Data sets as images with labels, and their order.
 
 A data set has `train` and `heldout`, each with len(), of_class(y, m) and batch(indices, key) ->
 images (B, ch, H, W) in [-1, 1] (or scaled latents), labels (B,). Nothing is random at run time: an
@@ -7,23 +7,11 @@ processes.
 
 digits    2880 handwritten digits (assets/digits.npz; E. Alpaydin, C. Kaynak 1998, UCI Machine
           Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), grey, 16x16 or 32x32
-shapes    procedural colour shapes; image k is a function of k
-mnist     the idx files of MNIST, Fashion-MNIST, KMNIST ..., grey
-folder    your own images: root/class/*.png, as pixels or, with a VAE, as latents
-imagenet256, imagenet512   latents of KL-16 (vae.py), encoded once into a cache (latents.py)
 
-To add a data set: a function (data_dir, size) -> train, heldout, class names, and its line in
+All others are in sets.py, which is read when one is asked for, latents in latents.py. To add a data set: a function (data_dir, size) -> train, heldout, class names, and its line in
 DATASETS.
 """
-import argparse
-import difflib
-import gzip
-import hashlib
-import os
-import sys
-import time
-import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -31,10 +19,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
+
+from files import digest_of
 
 ASSETS = Path(__file__).parent / "assets"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 # ---------------------------------------------------------------- tokens
@@ -133,141 +121,6 @@ def load_digits(data_dir, size, tune=False):
     return *(ImageArray(images[split == s], labels[split == s]) for s in (0, 1)), range(10)
 
 
-def load_mnist(data_dir, size):
-    """The four idx files of MNIST's family, .gz or not; its test images are the held-out ones."""
-    def find(kind):
-        found = sorted(Path(data_dir).glob(f"*{kind}-ubyte*"), key=lambda f: "train" not in f.name)
-        if ["train" in f.name for f in found] != [True, False]:
-            raise ValueError(f"--data_dir {data_dir}: expected train-{kind}-ubyte and t10k-{kind}-"
-                             f"ubyte, .gz or not, found {[f.name for f in found]}")
-        return found
-
-    splits = []
-    for image_file, label_file in zip(find("images-idx3"), find("labels-idx1")):
-        images, labels = read_idx(image_file, 3), read_idx(label_file, 1)
-        if images.shape != (len(labels), size, size):
-            raise ValueError(f"{image_file} holds images {images.shape}, expected ({len(labels)}, "
-                             f"{size}, {size}): as many as labels, of --size")
-        splits.append(ImageArray(images[..., None], labels.astype(np.int64)))
-    return *splits, range(1 + max(int(s.labels.max()) for s in splits))
-
-
-def read_idx(path, ndim):
-    """The uint8 array of an idx file: 0, 0, type 8, ndim, then big-endian sizes, then the bytes."""
-    raw, start = path.read_bytes(), 4 + 4 * ndim
-    try:
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        if raw[:4] != bytes((0, 0, 8, ndim)):
-            raise ValueError(f"it starts with {raw[:4].hex()}")
-        shape = np.frombuffer(raw[4:start], ">u4")
-        return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is no idx file of {ndim}-d bytes, or is truncated or damaged: "
-                         f"{error}") from None
-
-
-def bar(x, y):
-    return np.maximum(np.abs(x) - 0.28, np.abs(y) - 0.95)
-
-
-def star(x, y):
-    turn, part = np.pi / 5, 2 * np.pi / 5                                 # 5 mirrored sectors
-    angle = np.abs((np.arctan2(np.abs(x), -y) + turn) % part - turn)
-    r, normal = np.hypot(x, y), np.array([0.42 * np.sin(turn), 1 - 0.42 * np.cos(turn)])
-    across, along = normal / np.hypot(*normal)                            # of a side from (1, 0)
-    return (r * np.cos(angle) - 1) * across + r * np.sin(angle) * along
-
-
-# about the distance from (x, y) to the outline of a shape of radius 1, negative inside
-SHAPES = {
-    "circle": lambda x, y: np.hypot(x, y) - 0.95,
-    "cross": lambda x, y: np.minimum(bar(x, y), bar(y, x)),
-    "ring": lambda x, y: np.abs(np.hypot(x, y) - 0.72) - 0.23,
-    "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.8,
-    "star": star,
-    "triangle": lambda x, y: np.maximum(y - 0.6, 0.87 * np.abs(x) - 0.5 * y - 0.5)}
-
-
-class Shapes(ImageArray):
-    """Image k: shape k % 6 of random place, size, turn and colours, all drawn from (first + k)."""
-
-    def __init__(self, n, size, first):
-        self.n, self.size, self.first = n, size, first
-        super().__init__(self, torch.arange(n) % len(SHAPES))       # images[k] draws image k
-
-    def __getitem__(self, indices):
-        return np.stack([self.draw(int(k)) for k in indices])
-
-    def of_class(self, y, m):
-        return torch.arange(y, self.n, len(SHAPES))[:m]
-
-    def draw(self, k):
-        rng, distance = np.random.default_rng(self.first + k), list(SHAPES.values())[k % 6]
-        radius, turn = rng.uniform(0.5, 0.8), rng.uniform(-0.25, 0.25)
-        centre = rng.uniform(radius - 1, 1 - radius, 2) * 0.9
-        ink, paper = rng.uniform(0.45, 1, 3), rng.uniform(0, 0.35, 3)
-        ink[rng.integers(3)] *= 0.3                                       # a colour, not a grey
-        axis = (np.arange(self.size) + 0.5) / self.size * 2 - 1
-        x, y = np.meshgrid(axis - centre[0], axis - centre[1])
-        cos, sin = np.cos(turn), np.sin(turn)
-        inside = distance((x * cos + y * sin) / radius, (y * cos - x * sin) / radius)
-        cover = np.clip(0.5 - inside * radius * self.size / 2, 0, 1)[..., None]
-        return np.round(255 * (cover * ink + (1 - cover) * paper)).astype(np.uint8)
-
-
-def load_shapes(data_dir, size, tune=False):
-    return Shapes(20_000, size, 0), Shapes(2_000, size, 10 ** 9 * (1 + tune)), SHAPES
-
-
-# ---------------------------------------------------------------- folders of images
-
-def centre_crop(image, size):
-    """ADM's crop: halve with a box filter while possible, bicubic to `size`, cut the centre."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
-    scale = size / min(image.size)
-    shape = round(image.width * scale), round(image.height * scale)
-    image = image.resize(shape, Image.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def read_image(path, size):
-    """The crop of an image file, uint8 (size, size, 3)."""
-    try:
-        with Image.open(path) as image:
-            return np.array(centre_crop(image.convert("RGB"), size))
-    except Image.DecompressionBombError as error:
-        raise ValueError(str(error)) from None
-
-
-def list_images(root, suffixes=SUFFIXES, heldout_share=0.1):
-    """([(path, label, held out 0 or 1)], class names) of root/class/**/*.png, or of root/train/...
-    and root/val/... if there is a root/train. Without root/val a share of each class is held out.
-    """
-    root, files = Path(root), []
-    split = [p for p in (root / "train", root / "val") if p.is_dir()]
-    parts = split if root / "train" in split else [root]
-    for held, part in enumerate(parts):
-        folders = sorted(d for d in part.glob("[!.]*") if d.is_dir())
-        for folder in folders or [part]:
-            found = sorted(f for f in folder.rglob("*") if f.suffix.lower() in suffixes)
-            if not folders or not found:
-                raise ValueError(f"{folder} is not a folder, or holds no images; expected {part}/"
-                                 f"<class>/<image>, where an image ends in {', '.join(suffixes)}")
-            files += [(f, folder.name, held) for f in found]
-
-    train, val = ({name for _, name, h in files if h == held} for held in (0, 1))
-    if val and train != val:
-        raise ValueError(f"{root}/train and {root}/val must hold the same class folders; "
-                         f"{min(train ^ val)} is in one of them only")
-    called, number = dict(imagenet_classes()), {name: y for y, name in enumerate(sorted(train))}
-    labels, held = [number[name] for _, name, _ in files], [h for _, _, h in files]
-    held = held if val else heldout_mask(labels, heldout_share).astype(int)
-    paths = [f for f, _, _ in files]
-    return [*zip(paths, labels, held)], [called.get(name, name) for name in number]
-
-
 def heldout_mask(labels, share):
     """Which images (n,) bool are held out: `share` of each class, spread evenly over its images."""
     labels, every = np.asarray(labels), round(1 / share)
@@ -278,69 +131,43 @@ def heldout_mask(labels, share):
     return np.isin(np.arange(len(labels)), held)
 
 
-def load_folder(root, size, max_bad=0.01):
-    """Read, crop and hold a whole folder; unreadable files are named, too many are an error."""
-    files, names = list_images(root)
-    images, facts, bad = [], [], []
-    for path, *about in tqdm(files, "reading images", leave=False, disable=len(files) < 500):
-        try:
-            images.append(read_image(path, size))
-            facts.append(about)
-        except (OSError, ValueError, SyntaxError) as error:
-            bad.append(f"{path}: {error}")
-    report_unreadable(bad, len(files), max_bad)
-    images, (labels, held) = np.stack(images), np.array(facts).T
-    trained = set(labels[held == 0])
-    if len(trained) < len(names) or not held.any():
-        few = [name for y, name in enumerate(names) if y not in trained] or names
-        raise ValueError(f"class {few[0]!r} under {root} needs at least 2 readable images: one to "
-                         "train on, one to hold out")
-    return *(ImageArray(images[held == part], labels[held == part]) for part in (0, 1)), names
-
-
-def report_unreadable(lines, total, max_bad):
-    """Name the files that cannot be read; too many are an error."""
-    if lines:
-        print(f"WARNING: {len(lines)} of {total} images cannot be read and are left out:",
-              *lines[:10], sep="\n  ", file=sys.stderr)
-    if len(lines) > max_bad * total or len(lines) == total:
-        raise ValueError(f"{len(lines)} of {total} images cannot be read (first: {lines[0]}), more "
-                         f"than --max_bad {max_bad:g} allows; repair or remove them")
-
-
-def imagenet_classes():
-    """[(folder, names)] of the 1000 classes in order: ("n01440764", "tench, Tinca tinca") ..."""
-    lines = (ASSETS / "imagenet_classes.txt").read_text().splitlines()
-    return [tuple(line.split(" ", 1)) for line in lines]
-
-
 # ---------------------------------------------------------------- a data set by name
 
 class Set(NamedTuple):
-    load: Callable | None     # (data_dir, size) -> train, heldout, class names; None: latents
-    defaults: dict = {}       # of train.py's flags and settings, where they differ
+    load: Callable | None       # (data_dir, size) -> train, heldout, class names; None: latents
+    defaults: dict = {}         # of train.py's flags and settings, where they differ
     needs_dir: bool = False
+    photos: bool = False        # files of images: a VAE may encode them, some may be unreadable
 
 
+def outer(name, **options):
+    """The loader `name` of sets.py."""
+    def load(data_dir, size, **more):
+        import sets
+        return getattr(sets, name)(data_dir, size, **options, **more)
+    return load
+
+
+SHAPES = dict(diffusion_batch_mul=4)
 IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4,
                 eval_every=5000, lr_schedule="constant", warmup=62_500, ema_decay=0.9999,
                 optimizer="adamw")
 DATASETS = {
     "digits": Set(load_digits),
-    "shapes": Set(load_shapes, dict(diffusion_batch_mul=4)),
-    "mnist": Set(load_mnist, dict(size=28, steps=6000, eval_every=1000), True),
+    "shapes": Set(outer("load_shapes"), SHAPES),
+    "mnist": Set(outer("load_mnist"), dict(size=28, steps=6000, eval_every=1000), True),
     # as digits and shapes, without their held-out images: where defaults are chosen
     "digits-tune": Set(partial(load_digits, tune=True)),
-    "shapes-tune": Set(partial(load_shapes, tune=True), dict(diffusion_batch_mul=4)),
-    "folder": Set(load_folder, {}, True),
-    "imagenet256": Set(None, dict(IMAGENET, size=256)),
-    "imagenet512": Set(None, dict(IMAGENET, size=512)),
+    "shapes-tune": Set(outer("load_shapes", tune=True), SHAPES),
+    "folder": Set(outer("load_folder"), {}, True, photos=True),
+    "imagenet256": Set(None, dict(IMAGENET, size=256), photos=True),
+    "imagenet512": Set(None, dict(IMAGENET, size=512), photos=True),
 }
 
 
 @dataclass
 class Data:
-    """A data set and the facts of it that a checkpoint must carry."""
+    """A data set. `facts` is what a checkpoint carries of it."""
     name: str
     train: object
     heldout: object
@@ -349,8 +176,17 @@ class Data:
     channels: int                   # of the images
     patch: int                      # pixels (or latents) of a token's side
     x0_bound: float | None = 1.0    # tokens lie within +- this
-    facts: dict = field(default_factory=dict)
-    vae: object = None              # vae.KL16 where tokens are latents
+    data_dir: str | None = None
+    cache_dir: str | None = None    # where latents are kept
+    latents: dict | None = None     # what is known of latents: scale, std, the VAE's fingerprint ...
+    vae: object = None              # vae.KL16, which made them
+
+    @property
+    def facts(self):
+        return {"dataset": self.name, "size": self.size, "channels": self.channels,
+                "patch": self.patch, "n_train": len(self.train), "n_heldout": len(self.heldout),
+                "data_dir": self.data_dir, "cache_dir": self.cache_dir, "vae": self.latents,
+                "class_names": self.class_names, "x0_bound": self.x0_bound}
 
     @property
     def token_dim(self):
@@ -375,7 +211,7 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
     """
     which = DATASETS[name]
     if which.load is None or vae:
-        if which.load not in (None, load_folder):
+        if not which.photos:
             raise ValueError(f"--vae is for imagenet256, imagenet512 and folder; {name} is small "
                              "enough for pixels")
         import latents
@@ -386,17 +222,14 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
         raise ValueError(f"--size {size} must be a multiple of --patch {patch}")
     if which.needs_dir and data_dir is None:
         raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it")
-    options = {"max_bad": max_bad} if which.load is load_folder else {}
+    options = {"max_bad": max_bad} if which.photos else {}
     train, heldout, names = which.load(data_dir, size, **options)
-    names, channels = [str(n) for n in names], train.batch([0])[0].shape[1]
-    labels = torch.cat([train.labels, heldout.labels])
+    names, labels = [str(n) for n in names], torch.cat([train.labels, heldout.labels])
     if not 0 <= labels.min() <= labels.max() < len(names):
         raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to "
                          f"{len(names) - 1}, its {len(names)} classes")
-    facts = {"dataset": name, "size": size, "channels": channels, "patch": patch,
-             "n_train": len(train), "n_heldout": len(heldout), "data_dir": data_dir,
-             "class_names": names, "x0_bound": 1.0, "vae": None}
-    return Data(name, train, heldout, names, size, channels, patch, facts=facts)
+    channels = train.batch([0])[0].shape[1]
+    return Data(name, train, heldout, names, size, channels, patch, data_dir=data_dir)
 
 
 def decoder(facts, vae=None, device="cpu"):
@@ -413,99 +246,8 @@ def decoder(facts, vae=None, device="cpu"):
 
 def digest(facts, data_dir=None):
     """A short hash of the files that a data set is read from: their paths, sizes and times."""
-    root = Path(data_dir or facts.get("data_dir") or ASSETS / "digits.npz")
+    root = data_dir or facts.get("data_dir") or ASSETS / "digits.npz"
     if facts.get("vae"):                 # the cache that holds the latents
         import latents
         root = latents.cache_of(facts["dataset"], data_dir, facts["size"], facts.get("cache_dir"))
-    root = root.resolve()
-    files = [f for f in (root, *sorted(root.rglob("*"))) if f.is_file()]
-    if not files:
-        raise ValueError(f"the images of {facts['dataset']} are no longer at {root}; say where "
-                         "with --data_dir")
-    lines = [f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-    return hashlib.sha256("\n".join([facts["dataset"], *lines]).encode()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- command line
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS)
-        return super()._get_help_string(action) if shown else action.help
-
-
-class Flags(argparse.Namespace):
-    """The parsed flags; notes which were given and which the program has looked at."""
-
-    def __init__(self, values, given, helps):
-        super().__init__(**values)
-        self._given, self._helps, self._read = given, helps, set()
-
-    def __getattribute__(self, name):
-        if not name.startswith("_"):
-            vars(self).get("_read", set()).add(name)
-        return super().__getattribute__(name)
-
-    def check_used(self, *later):
-        """ValueError for a flag that was given and that this run has not looked at, nor will
-        (later: names): it would do nothing. To be called once all is read, before any work."""
-        for name in sorted(self._given - self._read - set(later)):
-            raise ValueError(f"--{name} would change nothing in this run; leave it out, or see "
-                             f"what it is for: {self._helps[name]}")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults in --help, no abbreviations, the closest match for a mistyped flag."""
-
-    def __init__(self, **kw):
-        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kw)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else [str(a) for a in args]
-        known, unknown = super().parse_known_args(args, namespace)
-        typed = {a.split("=")[0] for a in args}
-        given = {a.dest for a in self._actions if typed & set(a.option_strings)}
-        return Flags(vars(known), given, {a.dest: a.help for a in self._actions}), unknown
-
-    def parse_args(self, args=None, namespace=None):
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            options = list(self._option_string_actions)
-            close = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            self.error(f"unknown argument {unknown[0]}; {hint}")
-        return known
-
-    def error(self, message):
-        raise ValueError(message)
-
-
-def number(kind, low, high=float("inf")):
-    """An argparse type: a finite number between low and high, both allowed."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number")
-        if not low <= value <= high or value == float("inf"):
-            wanted = f"at least {low}" if high == float("inf") else f"{low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: {wanted}")
-        return value
-    return parse
-
-
-def run(main):
-    """Run a program: bad input (ValueError, OSError) is one line on stderr and exit code 2;
-    TRACEBACK=1 shows where."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        # of many processes the first speaks at once; the others, who mostly met the same, wait for
-        # torchrun to end them, and speak if nobody did
-        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
-        time.sleep(5 * (rank > 0) + 5 * (local > 0))
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
+    return f"{facts['dataset']} {digest_of(root, 'the images of ' + facts['dataset'])}"

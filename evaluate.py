@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import data
 import sample
-from data import Parser, number, patchify, run, to_uint8
+from data import patchify, to_uint8
+from files import Parser, number, read_npz, run, write, write_json
 from model import pick_device
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
@@ -247,8 +248,7 @@ def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
             schedule.step()
     torch.set_num_threads(threads)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(net.state_dict(), f"{path}.{os.getpid()}")
-    os.replace(f"{path}.{os.getpid()}", path)           # never a half-written cache
+    write(path, lambda f: torch.save(net.state_dict(), f))
     return net.eval().requires_grad_(False)
 
 
@@ -373,16 +373,6 @@ class Judge:
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-def read_npz(path):
-    """The arrays of an npz file as a dict."""
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return dict(z)
-    except Exception as e:                              # missing, truncated, foreign, pickled
-        why = " ".join(str(e).split())[:150]
-        raise ValueError(f"{path} is not a readable npz: {why}") from None
-
 
 def read_images(z, path):
     """arr_0 and arr_1 as ADM writes them: images uint8 (n, H, W, C), labels (n,) or None."""
@@ -531,7 +521,7 @@ def main(argv=None):
               "floor_is": which}
     print_table(result, len(measured))
     if out:
-        Path(out).write_text(json.dumps(result, indent=1))
+        write_json(out, result)
 
 
 def mean_std(rows):

@@ -17,7 +17,6 @@ at 256 and 168 GB at 512. MAR's own cache, one npz per image, is read as it is.
 `load` is what data.load calls for ImageNet and for any folder with a VAE; `open_vae` gives the VAE
 of a checkpoint. Not here: which images, and their crop (data.py).
 """
-import hashlib
 import json
 import os
 import sys
@@ -30,7 +29,9 @@ import torch
 from tqdm import tqdm
 
 import data
+import sets
 from diffloss import ImageNoise
+from files import sha256, write, write_json
 from vae import KL16, KL16_SCALE, latent_scale, load_kl16, posterior
 
 SHARD = 8192                     # images a shard, 270 MB at 256x256: what a kill costs at most
@@ -86,12 +87,9 @@ def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
                          "of each is needed")
 
     net.scale = measured["scale"] or net.scale
-    facts = {"dataset": name, "size": size, "channels": 3, "patch": 1, "n_train": len(train),
-             "n_heldout": len(heldout), "class_names": names, "x0_bound": measured["x0_bound"],
-             "data_dir": data_dir and str(data_dir), "cache_dir": str(root),
-             "vae": {**measured, "fingerprint": fingerprint}}
-    return data.Data(name, train, heldout, names, size, channels=3, patch=1,
-                     x0_bound=measured["x0_bound"], facts=facts, vae=net)
+    return data.Data(name, train, heldout, names, size, 3, 1, measured["x0_bound"],
+                     data_dir and str(data_dir), str(root), {**measured, "fingerprint": fingerprint},
+                     net)
 
 
 def open_vae(facts, path=None, device="cpu"):
@@ -117,8 +115,8 @@ def cache_of(name, data_dir, size, cache_dir):
 
 
 def images_of(name, data_dir):
-    """data.list_images with the share that is held out where there is no val folder."""
-    return data.list_images(data_dir, heldout_share=0.1 if name == "folder" else 0.01)
+    """sets.list_images with the share that is held out where there is no val folder."""
+    return sets.list_images(data_dir, heldout_share=0.1 if name == "folder" else 0.01)
 
 
 def describe(name, data_dir, scale):
@@ -128,7 +126,7 @@ def describe(name, data_dir, scale):
         n_held = sum(held for _, _, held in files)
         n_train = len(files) - n_held
     else:
-        names, n_train, n_held = [n for _, n in data.imagenet_classes()], 1_281_167, 50_000
+        names, n_train, n_held = [n for _, n in sets.imagenet_classes()], 1_281_167, 50_000
     measured = {"scale": scale, "std": None, "x0_bound": None, "beyond": None}
     return Planned(n_train), Planned(n_held), names, measured
 
@@ -146,26 +144,12 @@ def load_cache(root, made_for, name, data_dir, scale, net, max_bad):
                              "expected a folder with one folder per class, or a cache")
         files, names = found or images_of(name, images)
         made_for = {**made_for, "files": files_digest(files)}
-        read = lambda path: data.read_image(path, made_for["size"])
+        read = lambda path: sets.read_image(path, made_for["size"])
         build(root, files, names, read, net, made_for, scale, max_bad)
     return read_cache(root, made_for)
 
 
 # ---------------------------------------------------------------- writing
-
-def save_atomic(path, write):
-    """write(file) beside `path`, then rename: `path` is the old file or the whole new one."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(tmp, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
-
-
-def save_json(path, value):
-    save_atomic(path, lambda f: f.write(json.dumps(value, indent=1).encode()))
-
 
 def check_made_for(root, found, wanted):
     """ValueError in one line if the cache was made for something else than `wanted` (a dict)."""
@@ -180,7 +164,7 @@ def check_made_for(root, found, wanted):
 def files_digest(files):
     """A short hash of which files, in which order: (path, label, held out), and of their sizes."""
     lines = [f"{p.parent.name}/{p.name} {p.stat().st_size} {y} {held}" for p, y, held in files]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return sha256(["\n".join(lines).encode()])
 
 
 def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.01):
@@ -205,7 +189,7 @@ def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.0
               disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
         for k in todo:
             bad = write_shard(root / f"{k:05d}.npy", parts[k], read, vae, bar)
-            save_json(note(k), {"made_for": made_for, "bad": bad})
+            write_json(note(k), {"made_for": made_for, "bad": bad})
 
     # torchrun ends all ranks when one dies
     waiting = [note(k) for k in range(len(parts))] if rank == 0 else [root / "manifest.json"]
@@ -231,7 +215,7 @@ def write_shard(path, files, read, vae, bar):
         seen += len(batch)
         bar.update(len(batch))
     moments = torch.cat(done).numpy() if done else np.empty((0, 2), np.float16)
-    save_atomic(path, lambda f: np.save(f, moments))
+    write(path, lambda f: np.save(f, moments))
     return bad
 
 
@@ -262,7 +246,7 @@ def finish(root, parts, class_names, made_for, scale, max_bad):
     for left in root.glob("*.tmp"):                                      # by killed processes
         left.unlink()
     unreadable = [line for note in notes for _, line in note["bad"]]
-    data.report_unreadable(unreadable, sum(map(len, parts)), max_bad)
+    sets.report_unreadable(unreadable, sum(map(len, parts)), max_bad)
 
     index, shards = [], []
     for k, (part, note) in enumerate(zip(parts, notes)):
@@ -270,10 +254,10 @@ def finish(root, parts, class_names, made_for, scale, max_bad):
         index += [(y, held) for j, (_, y, held) in enumerate(part) if j not in bad]
         shards.append({"file": f"{k:05d}.npy", "count": len(part) - len(bad)})
     index = np.array(index, dtype=np.int32).reshape(-1, 2)
-    save_atomic(root / "index.npy", lambda f: np.save(f, index))
+    write(root / "index.npy", lambda f: np.save(f, index))
 
     measured = measure(Shards(root, shards), np.flatnonzero(index[:, 1] == 0), scale)
-    save_json(root / "manifest.json",
+    write_json(root / "manifest.json",
               {"made_for": made_for, **measured, "count": len(index), "shards": shards,
                "class_names": class_names, "unreadable": len(unreadable)})
 
@@ -384,7 +368,7 @@ def is_mar_cache(root):
 
 def load_mar_cache(root, grid, scale, channels):
     """The same of MAR's root/class/*.npz; which VAE made it, it does not say."""
-    files, names = data.list_images(root, (".npz",), heldout_share=0.01)
+    files, names = sets.list_images(root, (".npz",), heldout_share=0.01)
     label, held = (np.array([f[k] for f in files]) for k in (1, 2))
     moments, expected = MarFiles([path for path, _, _ in files]), (2 * channels, grid, grid)
     shape = moments(0, 0).shape

@@ -25,10 +25,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from data import Parser, centre_crop, imagenet_classes, patchify, run
+import sets
+from data import patchify
+from files import Parser, read_checkpoint, run, save_checkpoint
 from diffloss import TimeEmbedding, modulate
-from model import (PRESETS, Config, Generator, build, guidance_at, read_checkpoint, rope_2d, rotate,
-                   save_checkpoint)
+from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem
 
 
@@ -276,7 +277,7 @@ def read_inpaint(args, model, facts, device):
 
     def read(path, mode):                                                   # (1, ch, size, size)
         with Image.open(path) as image:
-            pixels = np.array(centre_crop(image.convert(mode), size))
+            pixels = np.array(sets.centre_crop(image.convert(mode), size))
         return torch.from_numpy(pixels).reshape(1, size, size, -1).permute(0, 3, 1, 2)
 
     x = (read(args.inpaint, "L" if facts["channels"] == 1 else "RGB") / 127.5 - 1).to(device)
@@ -406,7 +407,7 @@ def from_mar(state, path):
         raise ValueError(f"{path}: {problem}; expected the weights of MAR with {cfg.n_layer} "
                          f"layers of width {cfg.n_embd}, complete")
 
-    names = [name for _, name in imagenet_classes()]
+    names = [name for _, name in sets.imagenet_classes()]
     if cfg.num_classes != len(names):
         names = [str(k) for k in range(cfg.num_classes)]
     size = 16 * cfg.grid

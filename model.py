@@ -11,20 +11,17 @@ the raster; for AR they are the same. What is not here: the denoising head and i
 (diffloss.py), refinement (ot_refine.py).
 References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffusion loss).
 """
-import argparse
 import difflib
 import math
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffloss import OBJECTIVES, T_TRAIN, DenoisingMLP
+from files import read_checkpoint
 
 # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the
 # displacement, too. Images are drawn with this scale unless told otherwise, one for all small
@@ -378,61 +375,6 @@ def set_threads(model, device, threads=0):
 
 
 # ---------------------------------------------------------------- checkpoints
-
-def save_checkpoint(path, state):
-    """Write plain values and tensors so that `path` is always whole: the old file or the new."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
-    try:
-        with open(tmp, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)                                          # where saving failed
-
-
-def find_checkpoint(path):
-    """A checkpoint file from a file or a run directory; ValueError if there is none."""
-    path = Path(path)
-    files = [path / "ckpt.pt", path / "checkpoint-last.pth"] if path.is_dir() else [path]
-    for file in files:                                                       # MAR names its own so
-        if file.exists():
-            return file
-    raise ValueError(f"no checkpoint at {files[0]}; train one with: python train.py --out_dir "
-                     f"{path if path.suffix == '' else path.parent}")
-
-
-def read_checkpoint(path):
-    """The dict that train.py saved, or MAR's released weights as such a dict.
-
-    Raises ValueError if the file is truncated, foreign or not finite.
-    """
-    path = find_checkpoint(path)
-    if path.suffix == ".safetensors":
-        import mar
-        return mar.from_mar({"model": mar.read_safetensors(path)}, path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's flags are one
-            state = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError,
-            ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint; "
-                         f"it may be truncated: {reason}") from None
-    known = state if isinstance(state, dict) else {}
-    inner = known.get("model") if isinstance(known.get("model"), dict) else known
-    if "config" not in known and ("model_ema" in known or "z_proj.weight" in inner):
-        import mar
-        return mar.from_mar(state, path)
-    parts = ("config", "model", "ema", "data")
-    missing = {"step"} - set(known) | {k for k in parts if not isinstance(known.get(k), dict)}
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks "
-                         f"{', '.join(sorted(missing))}")
-    return state
-
 
 def load_model(path, device="cpu", ema=True):
     """(model in eval mode, checkpoint dict). The architecture is the checkpoint's; strict names.

@@ -12,8 +12,8 @@ that its memory is that of one class, or of a few small ones, however many there
 maps are kept in the folder refine/ of the run.
 """
 import functools
-import hashlib
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -27,10 +27,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data as datasets
-from data import Parser, image_grid, number, patchify, run, to_uint8
+from data import image_grid, patchify, to_uint8
 from diffloss import ImageNoise
-from model import (GUIDANCE, amp, find_checkpoint, load_model, pick_device, save_checkpoint,
-                   set_threads)
+from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors, write)
+from model import GUIDANCE, amp, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
 SPREAD = 512            # reference images that the directions of transport are taken from
@@ -229,22 +229,6 @@ class Refinement:
         return value
 
 
-def tensors(value):
-    """All tensors in nested dicts, lists and tuples."""
-    if torch.is_tensor(value):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value
-    return [z for v in inner if not isinstance(v, str) for z in tensors(v)]
-
-
-def sha256(parts):
-    """A short hash of byte strings."""
-    total = hashlib.sha256()
-    for part in parts:
-        total.update(part)
-    return total.hexdigest()[:16]
-
-
 def code_digest():
     """Of the code that conditions, targets and maps pass through."""
     names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py")
@@ -388,7 +372,8 @@ def setup(args):
         sampling.update(mar.read_inpaint(args, model, facts, device))
 
     # the small sets have no folder: their --data_dir is not looked at, and so refused
-    has_dir = facts.get("vae") or datasets.DATASETS[facts["dataset"]].needs_dir
+    which = datasets.DATASETS[facts["dataset"]]
+    has_dir = which.needs_dir or which.photos
     data_dir = lambda: args.data_dir if has_dir else None
 
     @functools.cache
@@ -444,7 +429,9 @@ def sampling_flags(args, model):
 def find_class(word, names):
     """The class number of a name, number, ImageNet id or part of a name; the first rule that finds
     any must find one only."""
-    word = dict(datasets.imagenet_classes()).get(word, word)
+    if re.fullmatch("n[0-9]{8}", word):
+        import sets
+        word = dict(sets.imagenet_classes()).get(word, word)
     low = word.lower()
     rules = (lambda k, name: name == word, lambda k, name: str(k) == word,
              lambda k, name: low in name.lower().split(", "), lambda k, name: low in name.lower())
@@ -497,9 +484,10 @@ def main():
 
     seconds = time.time() - began
     if out.suffix == ".npz":
-        np.savez_compressed(out, arr_0=images, arr_1=labels.numpy())
+        write(out, lambda f: np.savez_compressed(f, arr_0=images, arr_1=labels.numpy()))
     else:
-        image_grid(images[index.numpy()], min(10, n // len(ids) or n)).save(out)
+        picture = image_grid(images[index.numpy()], min(10, n // len(ids) or n))
+        write(out, lambda f: picture.save(f, "png"))
     print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
 

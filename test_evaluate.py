@@ -15,6 +15,7 @@ import data
 import evaluate as ev
 import sample
 import train
+from files import run
 
 torch.set_num_threads(1)
 
@@ -306,7 +307,7 @@ def cli(capsys, *argv):
     """As the shell sees it: exit code, stdout, stderr."""
     code = 0
     try:
-        data.run(lambda: ev.main([str(a) for a in argv]))
+        run(lambda: ev.main([str(a) for a in argv]))
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

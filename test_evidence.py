@@ -11,10 +11,12 @@ import torch
 import ablate
 import data
 import evaluate
+import files
 import ot_refine
 import sample
 import theory
-from model import build, preset, save_checkpoint
+from files import save_checkpoint
+from model import build, preset
 
 torch.set_num_threads(1)
 
@@ -352,7 +354,7 @@ def test_bad_input_to_the_ablation_is_one_line_and_exit_code_2(runs, capsys, tmp
                                                                message):
     given = [str(runs["ar"]) if a == "AR" else a for a in given]
     with pytest.raises(SystemExit) as stop:
-        data.run(lambda: ablate.main([*given, "--out_dir", str(tmp_path / "o")]))
+        files.run(lambda: ablate.main([*given, "--out_dir", str(tmp_path / "o")]))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1, err
 
@@ -645,6 +647,6 @@ def test_bad_input_to_theory_is_one_line_and_exit_code_2(given, words, runs, tmp
     given = [{"AR": str(runs["ar"]), "FILE": str(file)}.get(a, a) for a in given]
     more = [] if "--out_dir" in given else ["--out_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        data.run(lambda: theory.main([*given, *more]))
+        files.run(lambda: theory.main([*given, *more]))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err

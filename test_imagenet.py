@@ -26,10 +26,12 @@ from torch.distributed.run import get_args_parser, parse_args as launch_args
 
 import data
 import evaluate
+import files
 import latents
 import model as models
 import plan
 import sample
+import sets
 import train
 import vae
 from model import build, preset
@@ -272,7 +274,7 @@ def test_the_cache_holds_the_moments_of_each_crop_and_of_its_mirror_image(
     net, moments = load_kl16(vae_files[0]), latents.Shards(cache, manifest["shards"])
     files = sorted(root.rglob("*.png"))
     for k in (0, 7, 19):
-        image = torch.from_numpy(data.read_image(files[k], SIDE)).permute(2, 0, 1)[None]
+        image = torch.from_numpy(sets.read_image(files[k], SIDE)).permute(2, 0, 1)[None]
         for flip, view in enumerate((image, image.flip(-1))):
             got = torch.tensor(moments(k, flip)[None]).float()
             assert relative(got, net.moments(view.float() / 127.5 - 1)) < 1e-3, "float16"
@@ -404,7 +406,7 @@ def call(module, argv, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, argv)])
     code = 0
     try:
-        data.run(module.main)
+        files.run(module.main)
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
@@ -433,7 +435,7 @@ def latent_run(tmp_path_factory, vae_files):
 def test_training_on_latents_leaves_decoded_samples_and_resumes_bitwise(
         latent_run, vae_files, tmp_path, monkeypatch, capsys):
     run, folder, cache = latent_run
-    state = models.read_checkpoint(run)
+    state = files.read_checkpoint(run)
     assert state["config"]["token_dim"] == 4 and state["config"]["grid"] == 4
     assert state["data"]["vae"]["fingerprint"] and Image.open(run / "samples.png").mode == "RGB"
 
@@ -444,7 +446,7 @@ def test_training_on_latents_leaves_decoded_samples_and_resumes_bitwise(
     for out, steps in (("a", 3), ("b", 1), ("b", 3)):
         code, _, err = fit(out, vae_files[0], steps)
         assert code == 0, err
-    a, b = (models.read_checkpoint(tmp_path / out) for out in "ab")
+    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     code, _, err = fit("b", vae_files[1], 3)
     assert code == 2 and "made with another vae" in err
@@ -527,7 +529,7 @@ def child(rank, world, port, module, argv, before, log):
     sys.argv = [f"{module}.py", *argv]
     if before:
         before()
-    data.run(importlib.import_module(module).main)
+    files.run(importlib.import_module(module).main)
 
 
 def processes(world, module, *argv, before=None):
@@ -598,7 +600,7 @@ def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_
         a, b = (np.load(folder / f"{k:05d}.npy").astype(np.float32)
                 for folder in (cache, tmp_path / "d"))
         assert np.abs(a - b).max() < 2e-3, k
-    a, b = (models.read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    a, b = (files.read_checkpoint(tmp_path / name) for name in ("one", "two"))
     assert a["data"]["class_names"] == ["tench, Tinca tinca", "golden retriever"]
     assert (a["data"]["n_train"], a["data"]["n_heldout"]) == (20, 4)
     # the order of fp32 sums, under Adam
@@ -625,7 +627,7 @@ def test_three_processes_draw_the_file_of_one_refined_or_not(
 # ================================================================ names of classes
 
 def test_imagenet_classes_are_the_standard_thousand_in_order():
-    ids, names = zip(*data.imagenet_classes())
+    ids, names = zip(*sets.imagenet_classes())
     assert len(ids) == 1000 and list(ids) == sorted(set(ids)), "sorted ids are the class order"
     assert all(re.fullmatch(r"n\d{8}", i) for i in ids) and all(n == n.strip() for n in names)
     for k, name in {0: "tench", 1: "goldfish", 88: "macaw", 207: "golden retriever", 281: "tabby",
@@ -635,7 +637,7 @@ def test_imagenet_classes_are_the_standard_thousand_in_order():
 
 
 def test_classes_are_found_by_number_id_name_or_part_of_a_name():
-    names = [n for _, n in data.imagenet_classes()]
+    names = [n for _, n in sets.imagenet_classes()]
     for word, k in {"golden retriever": 207, "207": 207, "n02099601": 207, "tench": 0,
                     "Tinca tinca": 0, "tench, Tinca tinca": 0, "TIGER": 292, "goldfish": 1,
                     "curly-coat": 206}.items():
@@ -725,7 +727,7 @@ def test_the_memory_rule_is_what_the_refiner_of_a_class_holds(name, rank):
 
 def thousand_classes(root, net):
     """The model, and the Data of a cache of random latents (2x2) of three images of each class."""
-    names, cache, size = [n for _, n in data.imagenet_classes()], root / "c", 2 * net.stride
+    names, cache, size = [n for _, n in sets.imagenet_classes()], root / "c", 2 * net.stride
     cache.mkdir()
     index = np.stack([np.arange(1000).repeat(3), np.tile([0, 0, 1], 1000)], axis=1)
     moments = np.random.default_rng(0).standard_normal((3000, 2, 8, 2, 2))
@@ -747,7 +749,7 @@ def test_a_thousand_classes_are_drawn_and_refined_class_by_class_under_torchrun(
     assert (d.train.labels[d.train.of_class(7, 10)] == 7).all()
     state = {"config": vars(m.cfg), "model": m.state_dict(), "ema": m.state_dict(), "step": 0,
              "data": d.facts}
-    models.save_checkpoint(tmp_path / "ckpt.pt", state)
+    files.save_checkpoint(tmp_path / "ckpt.pt", state)
     # as a user types it; `--`, else torchrun takes --n and --m for abbreviations of its own flags
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2,
                "--", "sample.py", "--ckpt", tmp_path, "--vae", vae_file, "--steps", 1,
@@ -771,7 +773,7 @@ def test_mar_s_weights_are_refined_by_name_of_class_from_a_cache_as_the_readme_s
     torch.save({"model": {k: v * 0 for k, v in m.state_dict().items()}, "epoch": 799,
                 "model_ema": m.state_dict(), "args": argparse.Namespace(lr=8e-4), "rope": True,
                 "n_head": m.cfg.n_head}, tmp_path / "mar_base" / "checkpoint-last.pth")
-    monkeypatch.setitem(data.DATASETS, "imagenet32", data.Set(None, {"size": 32}))
+    monkeypatch.setitem(data.DATASETS, "imagenet32", data.Set(None, {"size": 32}, photos=True))
     # fewer classes stand for the directions of all
     monkeypatch.setattr(sample, "SPREAD", 8)
     flags = ["--ckpt", tmp_path / "mar_base", "--vae", vae_file, "--num_iter", 2, "--n", 8,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import data
+import files
 import mar
 import model as models
 import sample
@@ -67,7 +67,7 @@ def program(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
         code = 0
         try:
-            data.run(module.main)
+            files.run(module.main)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -648,7 +648,7 @@ def test_two_and_two_steps_equal_four_bitwise(name, runs, program, tmp_path, mon
                                   "--steps", 4, *FAST)
         assert code == 0, err
     assert "resuming" in text and "step 2 of 4" in text
-    a, b = (models.read_checkpoint(tmp_path / out) for out in "ab")
+    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
     assert a["step"] == b["step"] == 4
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     losses = [[json.loads(line)["heldout_loss"]
@@ -810,7 +810,7 @@ def test_our_mar_weights_come_back_from_mar_s_layout(runs, program, tmp_path):
         code, _, err = program(mar, "export", ckpt, target)
         assert code == 2 and words in err and file.read_bytes() == before
 
-    state = models.read_checkpoint(runs["mar-tiny"])
+    state = files.read_checkpoint(runs["mar-tiny"])
     state["config"]["objective"] = "flow"
     with pytest.raises(ValueError, match="MAR's head predicts eps"):
         mar.export_mar(tmp_path / "f.pth", state)

@@ -30,7 +30,8 @@ from scipy.optimize import linear_sum_assignment
 import ot_refine
 import sample
 from ablate import open_job
-from data import Parser, number, run, unpatchify
+from data import unpatchify
+from files import Parser, number, run
 from diffloss import Schedule
 from evaluate import frechet_distance
 from model import KINDS

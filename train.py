@@ -12,13 +12,10 @@ It leaves in --out_dir: ckpt.pt, metrics.jsonl, loss.png, samples.png.
 """
 import copy
 import difflib
-import fcntl
 import functools
 import json
 import math
 import os
-import platform
-import shutil
 import signal
 import sys
 import time
@@ -35,9 +32,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data as datasets
-from data import DATASETS, Parser, batch_indices, image_grid, number, patchify, run, to_uint8
-from model import (GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, read_checkpoint,
-                   save_checkpoint, set_threads)
+from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
+from files import (Parser, check_space, lock, number, read_checkpoint, run, save_checkpoint,
+                   write_text)
+from model import GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, set_threads
 from sample import draw
 
 # Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
@@ -94,7 +92,7 @@ def parse_args(argv=None):
     early, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     which = DATASETS[early.dataset]
     defaults = {**SETTINGS, **PATIENT.get(early.model, {}), **which.defaults}
-    if which.load is datasets.load_folder and early.vae:
+    if which.load and which.photos and early.vae:
         defaults.update(size=256, patch=1)
     p.set_defaults(**{k: defaults.pop(k) for k in [*defaults] if k in vars(early)})
     args = p.parse_args(argv)
@@ -305,32 +303,6 @@ def resume(path, model, ema, optimizers, dataset, args):
     return state["step"], state["records"]
 
 
-def check_space(out, need):
-    """ValueError where a checkpoint and its successor could not be saved: `need` bytes in all."""
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < need or not os.access(out, os.W_OK):
-        raise ValueError(f"--out_dir {out} has {free / 2**20:.0f} MiB free, but must be writable "
-                         f"and have {need / 2**20:.0f} MiB for a checkpoint and its successor")
-
-
-def lock(out):
-    """An open file whose lock this process holds, so that no other trains in `out`; any death of
-    the process releases it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise ValueError(f"another train.py, {file.read()}, runs in {out}; stop it, or choose "
-                         "another --out_dir") from None
-    file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
-
-
 def save(path, model, ema, optimizers, step, records, dataset, args):
     """Checkpoint and metrics, unless something is not finite: then the old checkpoint stays."""
     finite = all(p.isfinite().all() for m in (model, ema) for p in m.parameters())
@@ -346,9 +318,7 @@ def save(path, model, ema, optimizers, step, records, dataset, args):
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} could not be saved at step {step} ({reason}); what it held "
                          "before is untouched") from None
-    tmp = path.with_name(f"metrics.{os.getpid()}.tmp")
-    tmp.write_text("".join(json.dumps(r) + "\n" for r in records))
-    os.replace(tmp, path.with_name("metrics.jsonl"))
+    write_text(path.with_name("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
 
 
 def diverged(what, step, path, args):
@@ -381,11 +351,10 @@ def sample_grid(path, ema, dataset, args, columns=10):
 def open_data(args, device):
     """The data set of the flags; looks only at those that it needs, so that others are refused."""
     which = DATASETS[args.dataset]
-    folder, imagenet = which.load is datasets.load_folder, which.load is None
-    options = {"data_dir": args.data_dir} if which.needs_dir or imagenet else {}
-    if folder or imagenet:
+    options = {"data_dir": args.data_dir} if which.needs_dir or which.photos else {}
+    if which.photos:
         options |= {"vae": args.vae, "max_bad": args.max_bad}
-    if imagenet or options.get("vae"):
+    if options.get("vae") or which.load is None:
         options |= {"cache_dir": args.cache_dir}
     return datasets.load(args.dataset, size=args.size, patch=args.patch, device=device,
                          plan=args.dry_run, **options)
