@@ -8,8 +8,8 @@ processes.
 digits    2880 handwritten digits (assets/digits.npz; E. Alpaydin, C. Kaynak 1998, UCI Machine
           Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), grey, 16x16 or 32x32
 
-All others are in sets.py, which is read when one is asked for, latents in latents.py. To add a data set: a function (data_dir, size) -> train, heldout, class names, and its line in
-DATASETS.
+The others are in sets.py, which is read when one is asked for, latents in latents.py. To add a data
+set: a function (data_dir, size) -> train, heldout, class names, and its line in DATASETS.
 """
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -178,7 +178,7 @@ class Data:
     x0_bound: float | None = 1.0    # tokens lie within +- this
     data_dir: str | None = None
     cache_dir: str | None = None    # where latents are kept
-    latents: dict | None = None     # what is known of latents: scale, std, the VAE's fingerprint ...
+    latents: dict | None = None     # scale, std, the VAE's fingerprint ...
     vae: object = None              # vae.KL16, which made them
 
     @property

@@ -1,8 +1,8 @@
 """Files and flags: what users give to the programs, and what the programs leave behind.
 
 Nothing of the method is here. Files are written whole or not at all, read safely, and what is wrong
-with one is a line that names it. A flag that would change nothing is an error. Reading order: files;
-checkpoints; the lock of a run; flags; `run`, which turns bad input into one line and exit code 2.
+with one is a line that names it. A flag that would change nothing is an error. `run` turns bad input
+into one line and exit code 2.
 """
 import argparse
 import difflib

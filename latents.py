@@ -87,9 +87,9 @@ def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
                          "of each is needed")
 
     net.scale = measured["scale"] or net.scale
-    return data.Data(name, train, heldout, names, size, 3, 1, measured["x0_bound"],
-                     data_dir and str(data_dir), str(root), {**measured, "fingerprint": fingerprint},
-                     net)
+    return data.Data(name, train, heldout, names, size, channels=3, patch=1,
+                     x0_bound=measured["x0_bound"], data_dir=data_dir and str(data_dir),
+                     cache_dir=str(root), latents={**measured, "fingerprint": fingerprint}, vae=net)
 
 
 def open_vae(facts, path=None, device="cpu"):

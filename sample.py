@@ -29,7 +29,8 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify, to_uint8
 from diffloss import ImageNoise
-from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors, write)
+from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors,
+                   write)
 from model import GUIDANCE, amp, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
