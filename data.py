@@ -162,6 +162,7 @@ DATASETS = {
     "folder": Set(outer("load_folder"), {}, True, photos=True),
     "imagenet256": Set(None, dict(IMAGENET, size=256), photos=True),
     "imagenet512": Set(None, dict(IMAGENET, size=512), photos=True),
+    "latents": Set(None, dict(size=None, patch=1, steps=6000, eval_every=1000), True),
 }
 
 
@@ -172,14 +173,15 @@ class Data:
     train: object
     heldout: object
     class_names: list
-    size: int                       # pixels of a side
-    channels: int                   # of the images
+    size: int                       # pixels of a side; --dataset latents: latents of a side
+    channels: int                   # of the images, or of these latents
     patch: int                      # pixels (or latents) of a token's side
+    grid: int                       # tokens of a side
     x0_bound: float | None = 1.0    # tokens lie within +- this
     data_dir: str | None = None
     cache_dir: str | None = None    # where latents are kept
     latents: dict | None = None     # scale, std, the VAE's fingerprint ...
-    vae: object = None              # vae.KL16, which made them
+    vae: object = None              # vae.KL16, which made or decodes them
 
     @property
     def facts(self):
@@ -192,31 +194,31 @@ class Data:
     def token_dim(self):
         return (self.vae.channels if self.vae else self.channels) * self.patch ** 2
 
-    @property
-    def grid(self):
-        return self.size // (self.vae.stride if self.vae else 1) // self.patch
-
     def decode(self, x):
         """Tokens (B, N, D) -> images (B, ch, H, W), about [-1, 1]."""
         images = unpatchify(x, self.patch)
+        if self.latents and not self.vae:
+            raise ValueError("these latents have no decoder here, so that there are no images to "
+                             "look at or to measure: give --vae if they are of kl16.ckpt")
         return self.vae.decode(images) if self.vae else images
 
 
 def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cache_dir=None,
-         device="cpu", plan=False):
+         device="cpu", plan=False, scale=None):
     """A Data by name. Raises ValueError for a bad size, path or file.
 
     vae: path of kl16.ckpt; then the tokens are its latents, encoded on `device` into cache_dir
     unless they are there. plan: describe only; nothing is encoded, ImageNet need not be there.
+    scale: of latents, instead of what this set measures (a checkpoint's model knows but its own).
     """
     which = DATASETS[name]
     if which.load is None or vae:
-        if not which.photos:
-            raise ValueError(f"--vae is for imagenet256, imagenet512 and folder; {name} is small "
-                             "enough for pixels")
+        if which.load and not which.photos:
+            raise ValueError(f"--vae is for imagenet256, imagenet512, folder and latents; {name} "
+                             "is small enough for pixels")
         import latents
         return latents.load(name, data_dir, size or which.defaults.get("size", 256), patch or 1,
-                            max_bad, vae, cache_dir, device, plan)
+                            max_bad, vae, cache_dir, device, plan, scale)
     size, patch = size or which.defaults.get("size", 16), patch or 4
     if size % patch:
         raise ValueError(f"--size {size} must be a multiple of --patch {patch}")
@@ -229,25 +231,25 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
         raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to "
                          f"{len(names) - 1}, its {len(names)} classes")
     channels = train.batch([0])[0].shape[1]
-    return Data(name, train, heldout, names, size, channels, patch, data_dir=data_dir)
+    return Data(name, train, heldout, names, size, channels, patch, size // patch,
+                data_dir=data_dir)
 
 
 def decoder(facts, vae=None, device="cpu"):
-    """The function tokens (B, N, D) -> images (B, ch, H, W) of a checkpoint's data facts; vae: the
-    path of kl16.ckpt, for models of latents."""
-    if not facts.get("vae"):
-        if vae:
-            raise ValueError(f"--vae {vae}: this is a model of pixels, which need none")
-        return lambda x: unpatchify(x, facts["patch"])
-    import latents
-    kl16 = latents.open_vae(facts, vae, device)
-    return lambda x: kl16.decode(unpatchify(x, facts["patch"]))
+    """The function tokens (B, N, D) -> images uint8 (B, H, W, ch) of a checkpoint's data facts;
+    vae: the path of kl16.ckpt, for models of latents (without one see latents.decoder)."""
+    if facts.get("vae"):
+        import latents
+        return latents.decoder(facts, vae, device)
+    if vae:
+        raise ValueError(f"--vae {vae}: this is a model of pixels, which need none")
+    return lambda x: to_uint8(unpatchify(x, facts["patch"]))
 
 
 def digest(facts, data_dir=None):
     """A short hash of the files that a data set is read from: their paths, sizes and times."""
     root = data_dir or facts.get("data_dir") or ASSETS / "digits.npz"
-    if facts.get("vae"):                 # the cache that holds the latents
+    if facts.get("cache_dir"):           # the cache that holds the latents
         import latents
         root = latents.cache_of(facts["dataset"], data_dir, facts["size"], facts.get("cache_dir"))
     return f"{facts['dataset']} {digest_of(root, 'the images of ' + facts['dataset'])}"

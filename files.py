@@ -98,6 +98,14 @@ def find_checkpoint(path):
                      f"{path if path.suffix == '' else path.parent}")
 
 
+def plain_names(weights):
+    """Weights by the names that they have without DDP and torch.compile, if it is a dict."""
+    if not isinstance(weights, dict):
+        return weights
+    return {name.replace("_orig_mod.", "").removeprefix("module.") if isinstance(name, str)
+            else name: value for name, value in weights.items()}
+
+
 def read_checkpoint(path):
     """The dict that train.py saved, or MAR's released weights as such a dict.
 
@@ -106,7 +114,7 @@ def read_checkpoint(path):
     path = find_checkpoint(path)
     if path.suffix == ".safetensors":
         import mar
-        return mar.from_mar({"model": mar.read_safetensors(path)}, path)
+        return mar.from_mar({"model": plain_names(mar.read_safetensors(path))}, path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's flags are one
             state = torch.load(path, map_location="cpu", weights_only=True,
@@ -116,17 +124,18 @@ def read_checkpoint(path):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint; "
                          f"it may be truncated: {reason}") from None
-    known = state if isinstance(state, dict) else {}
+    known = plain_names(state) if isinstance(state, dict) else {}
+    known |= {k: plain_names(known[k]) for k in ("model", "ema", "model_ema") if k in known}
     inner = known.get("model") if isinstance(known.get("model"), dict) else known
     if "config" not in known and ("model_ema" in known or "z_proj.weight" in inner):
         import mar
-        return mar.from_mar(state, path)
+        return mar.from_mar(known, path)
     parts = ("config", "model", "ema", "data")
     missing = {"step"} - set(known) | {k for k in parts if not isinstance(known.get(k), dict)}
     if missing:
         raise ValueError(f"{path} is not a checkpoint of train.py: it lacks "
                          f"{', '.join(sorted(missing))}")
-    return state
+    return known
 
 
 # ---------------------------------------------------------------- the folder of a run

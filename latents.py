@@ -1,4 +1,6 @@
-"""Latents instead of pixels: images encoded once by KL-16 (vae.py), then read by memory map.
+"""Latents instead of pixels: images encoded once by KL-16 (vae.py), or arrays of any tokeniser.
+
+A cache of encoded images is a folder, read by memory map:
 
     manifest.json    what the cache was made for and from, class names, scale, shards; it is there =
                      all is there
@@ -14,8 +16,16 @@ wait for each other by files, because encoding takes longer than a collective ma
 means of size 4 by .002, far below the posterior's noise. ImageNet (1.28 million images) takes 42 GB
 at 256 and 168 GB at 512. MAR's own cache, one npz per image, is read as it is.
 
-`load` is what data.load calls for ImageNet and for any folder with a VAE; `open_vae` gives the VAE
-of a checkpoint. Not here: which images, and their crop (data.py).
+--dataset latents takes what another tokeniser made, unscaled, as one npz file or as a folder with
+one .npy of each (then read by memory map), or a cache in MAR's layout:
+
+    latents          (N, z, h, h) float
+    labels           (N,) integers from 0 up
+    split            optional (N,): 1 = held out; else a tenth of each class is
+    class_names      optional (classes,) strings
+
+`load` is what data.load calls for all of these, `decoder` for a checkpoint's tokens. Not here:
+which images, and their crop (sets.py).
 """
 import json
 import os
@@ -31,7 +41,7 @@ from tqdm import tqdm
 import data
 import sets
 from diffloss import ImageNoise
-from files import sha256, write, write_json
+from files import read_npz, sha256, write, write_json
 from vae import KL16, KL16_SCALE, latent_scale, load_kl16, posterior
 
 SHARD = 8192                     # images a shard, 270 MB at 256x256: what a kill costs at most
@@ -51,45 +61,78 @@ class Planned:
         return self.n
 
 
-def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan):
+def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan, scale=None):
     """The data.Data of a set of latents, encoded on `device` into cache_dir unless they are there.
 
-    data_dir: images in class folders, MAR's npz files in class folders, or a finished cache.
-    vae: the path of kl16.ckpt. plan: describe the set only; nothing is encoded, and images, cache
-    and VAE need not be there. Raises ValueError for a bad size, path or file.
+    data_dir: images in class folders, MAR's npz files in class folders, or a finished cache; or
+    arrays. vae: the path of kl16.ckpt. plan: describe the set only; nothing is encoded, and images,
+    cache and VAE need not be there. scale: of the latents, instead of their own. Raises ValueError
+    for a bad size, path or file.
     """
+    if name == "latents":
+        found, channels, side = load_arrays(data_dir, patch)
+        net = vae and fitting_vae(vae, channels, found[3]["scale"], device)
+        if size not in (None, side, net and side * net.stride):
+            raise ValueError(f"--size {size}: the latents of {data_dir} are {side} x {side}; leave "
+                             "--size out (images of another size: --vae decodes to them)")
+        root, size, fingerprint = None, side, None       # arrays do not say who made them
+    else:
+        net = vae_of(name, vae, size, patch, device, plan)
+        root, channels, side = cache_of(name, data_dir, size, cache_dir), 3, size // net.stride
+        fingerprint = None if vae is None else net.fingerprint()
+        found = load_images(name, data_dir, size, max_bad, net, fingerprint, root, plan)
+    train, heldout, names, measured = found
+    if scale:
+        ratio = scale / (measured["scale"] or scale)
+        train.scale = heldout.scale = measured["scale"] = scale
+        for key in ("std", "x0_bound"):
+            measured[key] = measured[key] and measured[key] * ratio
+    if not len(train) or not len(heldout):
+        raise ValueError(f"{len(train)} training and {len(heldout)} held-out images: at least one "
+                         "of each is needed")
+    if not plan:
+        check_classes(train, names, data_dir or root)
+
+    if net:
+        net.scale = measured["scale"] or net.scale
+    return data.Data(name, train, heldout, names, size, channels, patch,
+                     side // patch, x0_bound=measured["x0_bound"], data_dir=data_dir and str(data_dir),
+                     cache_dir=root and str(root), latents={**measured, "fingerprint": fingerprint},
+                     vae=net)
+
+
+def vae_of(name, vae, size, patch, device, plan):
+    """The KL16 that encodes the images of a set, on the meta device if it is not needed."""
     if vae is None and not plan:
         raise ValueError(f"--dataset {name} trains on latents: it needs --vae kl16.ckpt, and "
                          "--data_dir <ImageNet> with train/ and val/, or its train folder, or a "
                          "cache of latents")
-    if patch != 1:
-        raise ValueError(f"--patch {patch}: a latent is one token; use --patch 1 with --vae")
-
     with torch.device("meta" if vae is None else "cpu"):
         net = KL16() if vae is None else load_kl16(vae, device=device)
-    if size % net.stride:
-        raise ValueError(f"--size {size} must be a multiple of the VAE's stride {net.stride}")
-    fingerprint = None if vae is None else net.fingerprint()
-    root = cache_of(name, data_dir, size, cache_dir)
+    if size % (net.stride * patch):
+        raise ValueError(f"--size {size} must be a multiple of the VAE's stride {net.stride} x "
+                         f"--patch {patch}")
+    return net
 
+
+def load_images(name, data_dir, size, max_bad, net, fingerprint, root, plan):
+    """(training, held-out Latents, class names, measured) of images, or of their cache at root."""
     # others than ImageNet take 1 / std of their own latents
     scale = KL16_SCALE if name.startswith("imagenet") else None
-    if plan and (vae is None or not (root / "manifest.json").exists()):
-        found = describe(name, data_dir, scale)
-    elif data_dir and is_mar_cache(data_dir):
-        found = load_mar_cache(data_dir, size // net.stride, scale, net.channels)
-    else:
-        made_for = {"vae": fingerprint, "crop": CROP, "size": size}
-        found = load_cache(root, made_for, name, data_dir, scale, net, max_bad)
-    train, heldout, names, measured = found
-    if not len(train) or not len(heldout):
-        raise ValueError(f"{len(train)} training and {len(heldout)} held-out images: at least one "
-                         "of each is needed")
+    if plan and (fingerprint is None or not (root / "manifest.json").exists()):
+        return describe(name, data_dir, scale)
+    if data_dir and is_mar_cache(data_dir):
+        return load_mar_cache(data_dir, scale, (net.channels, size // net.stride))
+    made_for = {"vae": fingerprint, "crop": CROP, "size": size}
+    return load_cache(root, made_for, name, data_dir, scale, net, max_bad)
 
-    net.scale = measured["scale"] or net.scale
-    return data.Data(name, train, heldout, names, size, channels=3, patch=1,
-                     x0_bound=measured["x0_bound"], data_dir=data_dir and str(data_dir),
-                     cache_dir=str(root), latents={**measured, "fingerprint": fingerprint}, vae=net)
+
+def check_classes(train, names, where):
+    """ValueError for the first class without a training image."""
+    count = train.labels.bincount(minlength=len(names))
+    if not count.all():
+        raise ValueError(f"class {names[int(count.argmin())]!r} of {where} has no training image: "
+                         "each needs at least 2 images, one to train on, one to hold out")
 
 
 def open_vae(facts, path=None, device="cpu"):
@@ -98,6 +141,8 @@ def open_vae(facts, path=None, device="cpu"):
     if path is None:
         raise ValueError("this checkpoint models the latents of a VAE: give --vae kl16.ckpt to "
                          "decode them")
+    if facts["dataset"] == "latents":
+        return fitting_vae(path, facts["channels"], made_by["scale"], device)
     net = load_kl16(path, made_by["scale"], device)
     if made_by["fingerprint"] not in (None, net.fingerprint()):          # None: MAR's own weights
         raise ValueError(f"--vae {path} has fingerprint {net.fingerprint()[:16]}, but the "
@@ -106,11 +151,41 @@ def open_vae(facts, path=None, device="cpu"):
     return net
 
 
+def fitting_vae(path, channels, scale, device):
+    """The KL16 at `path` for latents of unknown origin, if it has as many channels."""
+    net = load_kl16(path, scale, device)
+    if net.channels != channels:
+        raise ValueError(f"--vae {path} has {net.channels} channels, these latents {channels}: it "
+                         "cannot decode them; leave it out, and decode what sample.py --out s.npz "
+                         "writes by your own decoder")
+    return net
+
+
+def decoder(facts, path=None, device="cpu"):
+    """The function tokens (B, N, D) -> images uint8 (B, H, W, 3) of a model of latents; of arrays
+    without a VAE -> latents (B, z, h, h) float32, unscaled."""
+    whole = lambda x: data.unpatchify(x, facts["patch"])
+    if facts["dataset"] != "latents" or path:
+        net = open_vae(facts, path, device)
+        return lambda x: data.to_uint8(net.decode(whole(x)))
+
+    def unscaled(x):
+        z = whole(x).float() / facts["vae"]["scale"]
+        if not z.isfinite().all():
+            raise ValueError("the model gave latents that are not finite: is the checkpoint "
+                             "damaged, or --cfg_scale or --temperature extreme?")
+        return z.cpu().numpy()
+    return unscaled
+
+
 def cache_of(name, data_dir, size, cache_dir):
     """The folder of the cache: data_dir itself if it is a finished one, or MAR's."""
     if data_dir and ((Path(data_dir) / "manifest.json").exists() or is_mar_cache(data_dir)):
         return Path(data_dir)
-    own = f"-{Path(data_dir).name}-{size}" if name == "folder" and data_dir else ""
+    own = ""
+    if name == "folder" and data_dir:                    # v1/train and v2/train are not the same
+        path = Path(data_dir).resolve()
+        own = f"-{path.name}-{size}-{sha256([str(path).encode()])[:8]}"
     return Path(cache_dir or f"cache/{name}{own}")
 
 
@@ -135,15 +210,17 @@ def load_cache(root, made_for, name, data_dir, scale, net, max_bad):
     """What read_cache gives of the cache at root, which is made if there is none."""
     images = data_dir if data_dir and Path(data_dir) != root else None
     found = None
-    if images and name == "folder":                  # ImageNet does not change, and is slow to list
+    if images and name == "folder":
         found = images_of(name, images)
-        made_for = {**made_for, "files": files_digest(found[0])}
+        made_for = {**made_for, "files": files_digest(found[0], images)}
+    elif images:                                     # ImageNet does not change, and is slow to list
+        made_for = {**made_for, "images": str(Path(images).resolve())}
     if not (root / "manifest.json").exists():
         if images is None:
             raise ValueError(f"no latent cache at {root} and no --data_dir to make it from: "
                              "expected a folder with one folder per class, or a cache")
         files, names = found or images_of(name, images)
-        made_for = {**made_for, "files": files_digest(files)}
+        made_for = {**made_for, "files": files_digest(files, images)}
         read = lambda path: sets.read_image(path, made_for["size"])
         build(root, files, names, read, net, made_for, scale, max_bad)
     return read_cache(root, made_for)
@@ -158,13 +235,15 @@ def check_made_for(root, found, wanted):
     if differs:
         raise ValueError(f"the latent cache {root} was made with another {', '.join(differs)} "
                          "(cache -> now); choose another --cache_dir, or delete this one to encode "
-                         "anew")
+                         "anew, or give it as --data_dir to take it as it is")
 
 
-def files_digest(files):
-    """A short hash of which files, in which order: (path, label, held out), and of their sizes."""
-    lines = [f"{p.parent.name}/{p.name} {p.stat().st_size} {y} {held}" for p, y, held in files]
-    return sha256(["\n".join(lines).encode()])
+def files_digest(files, root):
+    """A short hash of which files (path, label, held out), in which order, of their sizes and
+    times: of copies with their times it is the same."""
+    facts = ((p.relative_to(root), p.stat(), y, held) for p, y, held in files)
+    return sha256(f"{p} {s.st_size} {s.st_mtime_ns} {y} {held}\n".encode()
+                  for p, s, y, held in facts)
 
 
 def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.01):
@@ -263,25 +342,30 @@ def finish(root, parts, class_names, made_for, scale, max_bad):
 
 
 def measure(moments, rows, scale=None, most=4096):
-    """{"scale", "std", "x0_bound", "beyond"} of the scaled latents of at most `most` training rows.
-
-    beyond: the share of values outside +-x0_bound.
-    """
+    """measured_of the latents of at most `most` training rows."""
     if not len(rows):
         raise ValueError("no readable training image: nothing to measure the latents' scale on")
-    some = np.unique(np.linspace(0, len(rows) - 1, most).astype(int))
-    sample = torch.from_numpy(np.stack([moments(rows[k], 0) for k in some])).float()
-    one_over_std = latent_scale(sample)
-    scale = scale or one_over_std
-
-    std = scale / one_over_std
+    sample = torch.from_numpy(np.stack([moments(k, 0) for k in spread(rows, most)])).float()
     generator = torch.Generator().manual_seed(0)
-    x = posterior(sample, torch.randn(sample[:, ::2].shape, generator=generator)) * scale
+    z = posterior(sample, torch.randn(sample[:, ::2].shape, generator=generator))
+    return measured_of(z, latent_scale(sample), scale)
+
+
+def measured_of(z, one_over_std, scale=None, centre=0.0):
+    """{"scale", "std", "x0_bound", "beyond"} of latents z that are to be multiplied by `scale`,
+    1 / std where none is given. beyond: the share of their values outside +-x0_bound."""
+    scale = scale or one_over_std
+    std = scale / one_over_std
     # CHOICE(x0_bound): +-5 standard deviations of the data set's tokens: a normal value in two
     # million lies beyond, and a bound that wide never decides an image, only stops a young head.
-    bound = BOUND_STDS * std
+    bound = BOUND_STDS * std + scale * abs(centre)
     return {"scale": scale, "std": std, "x0_bound": bound,
-            "beyond": (x.abs() > bound).float().mean().item()}
+            "beyond": ((z * scale).abs() > bound).float().mean().item()}
+
+
+def spread(rows, most):
+    """At most `most` of the rows, from the first to the last."""
+    return rows[np.unique(np.linspace(0, len(rows) - 1, most).astype(int))]
 
 
 # ---------------------------------------------------------------- reading
@@ -366,16 +450,111 @@ def is_mar_cache(root):
     return next(Path(root).glob("*/*.npz"), None) is not None
 
 
-def load_mar_cache(root, grid, scale, channels):
-    """The same of MAR's root/class/*.npz; which VAE made it, it does not say."""
-    files, names = sets.list_images(root, (".npz",), heldout_share=0.01)
+def load_mar_cache(root, scale, expected=None, heldout_share=0.01):
+    """The same of MAR's root/class/*.npz; which VAE made it, it does not say. expected: channels
+    and side of the latents, if they are known."""
+    files, names = sets.list_images(root, (".npz",), heldout_share=heldout_share)
     label, held = (np.array([f[k] for f in files]) for k in (1, 2))
-    moments, expected = MarFiles([path for path, _, _ in files]), (2 * channels, grid, grid)
+    moments = MarFiles([path for path, _, _ in files])
     shape = moments(0, 0).shape
-    if shape != expected:
-        raise ValueError(f"{files[0][0]} holds moments {shape}, expected {expected}: the cache was "
-                         "made for another size or VAE")
+    if expected:
+        expected = (2 * expected[0], expected[1], expected[1])
+        if shape != expected:
+            raise ValueError(f"{files[0][0]} holds moments {shape}, expected {expected}: the cache "
+                             "was made for another size or VAE")
     measured = measure(moments, np.flatnonzero(held == 0), scale, most=1024)
     splits = [Latents(moments, np.flatnonzero(held == split), label[held == split],
                       measured["scale"]) for split in (0, 1)]
     return (*splits, names, measured)
+
+
+# ---------------------------------------------------------------- arrays of another tokeniser
+
+class LatentArray(Latents):
+    """One split of latents (N, z, h, h) that are taken as they are: batch -> scaled float32."""
+
+    def batch(self, indices, key=None):
+        indices = torch.as_tensor(indices)
+        rows = self.rows[indices.numpy()]
+        return read_rows(self.moments, rows) * self.scale, self.labels[indices]
+
+
+def read_rows(latents, rows):
+    """float32 (B, z, h, h) of some rows; ValueError for the first that is not finite."""
+    z = torch.from_numpy(np.stack([latents[k] for k in rows]).astype(np.float32))
+    bad = ~z.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise ValueError(f"latent {rows[int(bad.nonzero()[0])]} is not finite (as float32): remove "
+                         "it, or make it again")
+    return z
+
+
+def load_arrays(path, patch, most=4096):
+    """((training, held-out, class names, measured), channels, side) of arrays, or MAR's cache."""
+    if path is None or not Path(path).exists():
+        raise ValueError(f"--dataset latents: no --data_dir {path}; {EXPECTED}")
+    if Path(path).is_dir() and is_mar_cache(path):
+        found = load_mar_cache(path, None, heldout_share=0.1)
+        channels, side, width = found[0].batch([0])[0].shape[1:]
+    else:
+        latents, labels, held, names = read_arrays(path)
+        channels, side, width = latents.shape[1:]
+        read_rows(latents, spread(np.arange(len(latents)), most))            # all finite?
+        rows = [np.flatnonzero(held == split) for split in (0, 1)]
+        if not len(rows[0]):
+            raise ValueError(f"{path}: no latent is for training; its split is 1 (held out) for "
+                             f"all {len(held)}")
+        measured = measure_arrays(read_rows(latents, spread(rows[0], most)))
+        found = (*(LatentArray(latents, r, labels[r], measured["scale"]) for r in rows), names,
+                 measured)
+    if side != width or side % patch:
+        raise ValueError(f"{path} holds latents of {side} x {width}: expected square ones whose "
+                         f"side is a multiple of --patch {patch}")
+    return found, channels, side
+
+
+def measure_arrays(z):
+    variance = z.double().var(correction=0).item()
+    if not 1e-12 < variance < float("inf"):
+        raise ValueError(f"the variance of {z.numel()} latent values is {variance}: no scale can "
+                         "be computed; are they constant?")
+    # another tokeniser's mean may be anything
+    return measured_of(z, variance ** -0.5, centre=z.double().mean().item())
+
+
+EXPECTED = ("expected an npz file, or a folder with one .npy of each: latents, float (N, z, h, h); "
+            "labels, N class numbers from 0 up; optional split, N x 0 or 1 (held out), and "
+            "class_names; or MAR's cache, one npz per image in class folders")
+
+
+def read_arrays(path):
+    """latents (N, z, h, w), labels (N,), held out (N,), class names of a file or folder."""
+    path, names = Path(path), ("latents", "labels", "split", "class_names")
+    z = read_npz(path) if path.is_file() else {
+        name: read_npy(path / f"{name}.npy") for name in names if (path / f"{name}.npy").exists()}
+    latents, labels = z.get("latents"), z.get("labels")
+    held, called = z.get("split"), z.get("class_names")
+    n = 0 if latents is None or latents.ndim != 4 else len(latents)
+    good = (n and latents.size and latents.dtype.kind == "f" and labels is not None
+            and labels.shape == (n,) and labels.dtype.kind in "iu" and labels.min() >= 0)
+    if good and held is not None:
+        good = held.shape == (n,) and held.dtype.kind in "iub" and np.isin(held, (0, 1)).all()
+    if good and called is not None:
+        good = called.ndim == 1 and called.dtype.kind == "U"
+    if not good:
+        held = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items()) or "none of them"
+        raise ValueError(f"{path} holds {held}; {EXPECTED}")
+    called = [str(y) for y in (range(labels.max() + 1) if called is None else called)]
+    if labels.max() >= len(called):
+        raise ValueError(f"{path} has labels up to {labels.max()}, but {len(called)} class_names")
+    held = data.heldout_mask(labels, 0.1) if held is None else held
+    return latents, labels.astype(np.int64), held.astype(int), called
+
+
+def read_npy(path):
+    """An .npy file by memory map."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:                           # truncated, foreign, pickled
+        why = " ".join(str(error).split())[:150]
+        raise ValueError(f"{path} is not a readable npy: {why}") from None

@@ -11,6 +11,7 @@ samplers (diffloss.py), refinement (ot_refine.py).
 References: MAR arXiv 2406.11838; DiT arXiv 2212.09748 (CDM's blocks). Parameter names are those of
 MAR's released checkpoints, which load as they are (from_mar).
 """
+import argparse
 import json
 import math
 import os
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import sets
-from data import patchify
+from data import DATASETS, patchify
 from files import Parser, read_checkpoint, run, save_checkpoint
 from diffloss import TimeEmbedding, modulate
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
@@ -112,7 +113,8 @@ class MAR(Generator):
         self.decoder_embed = nn.Linear(d, d)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, d))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, n_class + N, d))
-        self.decoder_blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layer))
+        self.decoder_blocks = nn.ModuleList(Block(cfg)
+                                            for _ in range(cfg.n_decoder or cfg.n_layer))
         self.decoder_norm = nn.LayerNorm(d, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, N, d))
         if cfg.rope:                                        # every class token stands at (0, 0)
@@ -387,39 +389,62 @@ class CDM(Generator):
         return self.diffloss.sample(c, c_null, cfg_scale, z, **sampling)
 
 
-# ---------------------------------------------------------------- MAR's released weights
+# ---------------------------------------------------------------- MAR's layout
+
+# flags of MAR's main_mar.py, which its files hold as `args`, and the fields of Config that they are
+FLAGS = {"mask_ratio_min": "mask_min", "label_drop_prob": "class_dropout",
+         "proj_dropout": "dropout", "diffusion_batch_mul": "diffusion_batch_mul"}
+MAR_CLASSES = 1000                  # MAR's table of classes has as many rows, whatever class_num is
+
 
 def from_mar(state, path):
-    """MAR's {"model", "model_ema", ...} as a checkpoint of train.py; its sizes come from tensors.
+    """MAR's {"model", "model_ema", "args" ...} as a checkpoint of train.py.
 
-    Raises ValueError with the first tensor that is missing, foreign or of another shape.
+    Sizes come from the tensors, what no tensor shows from MAR's flags in `args`, or from what
+    export_mar puts beside. Raises ValueError with the first tensor that is missing, foreign or of
+    another shape.
     """
     weights = state.get("model_ema") or state.get("model", state)
     if not state.get("model_ema"):
         warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose "
                       "images are worse than the averaged ones of the original "
                       "checkpoint-last.pth", stacklevel=2)
-    cfg = mar_config(weights, state.get("n_head"), path)
+    flags = state.get("args") or {}
+    flags = flags if isinstance(flags, dict) else vars(flags)
+    cfg = mar_config(weights, state.get("n_head") or flags.get("n_head"), flags, path)
     cfg = replace(cfg, rope=bool(state.get("rope")))
+    known = lambda part: {name: v[:cfg.num_classes] if name == "class_emb.weight" else v
+                          for name, v in part.items()}
+    weights, raw = known(weights), known(state.get("model", weights))
     with torch.device("meta"):
         problem = state_problem(weights, build(cfg).state_dict())
     if problem:
         raise ValueError(f"{path}: {problem}; expected the weights of MAR with {cfg.n_layer} "
                          f"layers of width {cfg.n_embd}, complete")
+    return {"config": asdict(cfg), "model": raw, "ema": weights, "step": 0,
+            "data": state.get("data") or data_facts(cfg, flags, path)}
 
+
+def data_facts(cfg, flags, path):
+    """What MAR's flags say of the data, as a checkpoint has it; where they are silent, KL-16."""
+    patch, stride = flags.get("patch_size", 1), flags.get("vae_stride", 16)
+    channels, rest = divmod(cfg.token_dim, patch ** 2)
+    if rest or channels != flags.get("vae_embed_dim", channels):
+        raise ValueError(f"{path}: its tokens have {cfg.token_dim} values, its args say patch_size "
+                         f"{patch} and vae_embed_dim {flags.get('vae_embed_dim')}")
     names = [name for _, name in sets.imagenet_classes()]
     if cfg.num_classes != len(names):
         names = [str(k) for k in range(cfg.num_classes)]
-    size = 16 * cfg.grid
-    data = {"dataset": f"imagenet{size}", "size": size, "channels": 3, "patch": 1,
-            "data_dir": None, "cache_dir": f"cache/imagenet{size}", "class_names": names,
-            "x0_bound": None,
+    side = cfg.grid * patch
+    facts = {"dataset": f"imagenet{stride * side}", "size": stride * side, "channels": 3,
+             "cache_dir": f"cache/imagenet{stride * side}"}
+    if stride != 16 or facts["dataset"] not in DATASETS:             # latents of another tokeniser
+        facts = {"dataset": "latents", "size": side, "channels": channels, "cache_dir": None}
+    return {**facts, "patch": patch, "data_dir": None, "class_names": names, "x0_bound": None,
             "vae": {"fingerprint": None, "scale": KL16_SCALE}}
-    return {"config": asdict(cfg), "model": state.get("model", weights), "ema": weights,
-            "step": 0, "data": data}
 
 
-def mar_config(weights, n_head, path):
+def mar_config(weights, n_head, flags, path):
     """The Config of a MAR state dict. No tensor shows n_head: unless given, that of MAR's sizes."""
     def shape(name):
         if name not in weights:
@@ -431,19 +456,22 @@ def mar_config(weights, n_head, path):
         return 1 + max(numbers, default=-1)
 
     n_embd, token_dim = shape("z_proj.weight")
-    n_tokens = shape("diffusion_pos_embed_learned")[1]
+    n_tokens, rows = shape("diffusion_pos_embed_learned")[1], shape("class_emb.weight")[0]
     sizes = [PRESETS[name] for name in ("mar-b", "mar-l", "mar-h")]
     heads = {p["n_embd"]: p["n_head"] for p in sizes}
     if not n_head and n_embd not in heads:
         raise ValueError(f"{path}: width {n_embd} is none of MAR's ({', '.join(map(str, heads))}), "
                          "and the number of heads cannot be read from tensors; put it into the "
                          "file as n_head")
-    return Config(kind="mar", n_layer=count("encoder_blocks."), n_head=n_head or heads[n_embd],
+    n_layer, n_decoder = count("encoder_blocks."), count("decoder_blocks.")
+    return Config(kind="mar", n_layer=n_layer, n_decoder=n_decoder if n_decoder != n_layer else 0,
+                  n_head=n_head or heads[n_embd],
                   n_embd=n_embd, head_depth=count("diffloss.net.res_blocks."),
                   head_width=shape("diffloss.net.input_proj.weight")[0],
                   token_dim=token_dim, grid=math.isqrt(n_tokens),
-                  num_classes=shape("class_emb.weight")[0],
-                  n_class_tokens=shape("encoder_pos_embed_learned")[1] - n_tokens)
+                  num_classes=min(rows, flags.get("class_num") or rows),
+                  n_class_tokens=shape("encoder_pos_embed_learned")[1] - n_tokens,
+                  **{field: flags[name] for name, field in FLAGS.items() if name in flags})
 
 
 def read_safetensors(path):
@@ -479,19 +507,32 @@ def read_safetensors(path):
 def export_mar(path, state):
     """Write a mar checkpoint of train.py in MAR's layout; T^-1, which MAR has not, stays behind.
 
-    The number of heads and RoPE, which no tensor shows, are kept beside the weights.
+    args are the flags that MAR's own programs need for it. What MAR's layout has no place for, and
+    no tensor shows, is kept beside the weights: the number of heads, RoPE, the data.
     """
-    cfg = state["config"]
+    cfg, facts = state["config"], state["data"]
     if cfg["kind"] != "mar":
         raise ValueError(f"only mar models have MAR's layout; this is a model of kind "
                          f"{cfg['kind']}: train one with --model mar-tiny")
     if cfg.get("objective", "eps") != "eps":
         raise ValueError(f"MAR's head predicts eps, this one is trained with the objective "
                          f"{cfg['objective']!r}: only this repository can run it")
-    own = ("inverse.", "buffer.")
-    keep = lambda part: {k: v for k, v in state[part].items() if not k.startswith(own)}
+
+    def keep(part):
+        table = state[part]["class_emb.weight"]
+        rest = table.new_zeros(max(0, MAR_CLASSES - len(table)), table.shape[1])
+        own = {k: v for k, v in state[part].items() if not k.startswith(("inverse.", "buffer."))}
+        return {**own, "class_emb.weight": torch.cat([table, rest])}
+
+    side = cfg["grid"] * facts["patch"]
+    flags = {"img_size": facts["size"], "vae_stride": facts["size"] // side,
+             "vae_embed_dim": cfg["token_dim"] // facts["patch"] ** 2, "patch_size": facts["patch"],
+             "class_num": cfg["num_classes"], "buffer_size": cfg["n_class_tokens"],
+             "diffloss_d": cfg["head_depth"], "diffloss_w": cfg["head_width"],
+             "attn_dropout": cfg["dropout"], **{name: cfg[field] for name, field in FLAGS.items()}}
     save_checkpoint(path, {"model": keep("model"), "model_ema": keep("ema"),
-                           "n_head": cfg["n_head"], "rope": cfg["rope"]})
+                           "args": argparse.Namespace(**flags), "n_head": cfg["n_head"],
+                           "rope": cfg["rope"], "data": facts})
     if cfg["rope"]:
         warnings.warn(f"{path}: this model has RoPE, which MAR's own code has not: only this "
                       "repository can run it", stacklevel=2)

@@ -34,7 +34,7 @@ KINDS = ("ar", "mar", "cdm")
 class Config:
     """Architecture, as stored in a checkpoint. `num_classes` is also the null label of guidance."""
     kind: str                       # ar, mar or cdm
-    n_layer: int                    # mar: encoder and decoder have n_layer each
+    n_layer: int                    # mar: of the encoder, and of the decoder unless n_decoder is
     n_head: int
     n_embd: int                     # C, the width of a condition
     head_depth: int = 0             # the denoising MLP; cdm has none
@@ -51,6 +51,7 @@ class Config:
     rope: bool = False              # mar: 2-D RoPE in every attention, beside learned positions
     inverse: bool = False           # train T^-1 beside the model (CHOICE inverse)
     objective: str = "eps"          # what the head is trained for: one of diffloss.OBJECTIVES
+    n_decoder: int = 0              # mar: layers of the decoder; 0: n_layer
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -60,6 +61,9 @@ class Config:
         if (self.kind == "ar" or self.rope) and self.n_embd // self.n_head % 4:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head} must be divisible by "
                              "4 for 2-D RoPE")
+        if self.n_decoder < 0 or self.n_decoder and self.kind != "mar":
+            raise ValueError(f"n_decoder={self.n_decoder}: only mar models have a decoder, of 0 "
+                             "(as many as n_layer) or more layers")
         if self.num_classes < 1:
             raise ValueError(f"num_classes={self.num_classes} must be at least 1")
         if self.objective not in OBJECTIVES:

@@ -58,10 +58,13 @@ def one_image(model):
 
 def by_layers(cfg, count):
     """count(cfg) of a deep model from shallow ones: FLOPs and memory are affine in the layers of
-    the transformer and of the head."""
-    small = replace(cfg, n_layer=1, head_depth=min(1, cfg.head_depth))
+    the transformer, of its decoder if they are others, and of the head."""
+    small = replace(cfg, n_layer=1, head_depth=min(1, cfg.head_depth),
+                    n_decoder=min(1, cfg.n_decoder))
     one = count(small)
     total = one + (cfg.n_layer - 1) * (count(replace(small, n_layer=2)) - one)
+    if cfg.n_decoder > 1:
+        total += (cfg.n_decoder - 1) * (count(replace(small, n_decoder=2)) - one)
     if cfg.head_depth > 1:
         total += (cfg.head_depth - 1) * (count(replace(small, head_depth=2)) - one)
     return total

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data as datasets
-from data import image_grid, patchify, to_uint8
+from data import image_grid, patchify
 from diffloss import ImageNoise
 from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors,
                    write)
@@ -284,7 +284,7 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
                 tick=lambda n: None, wrap=None):
     """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
 
-    decode: tokens (B, N, D) -> images; sampling: options of `generate`; tick(n): n more are done;
+    decode: tokens (B, N, D) -> images (or latents, see data.decoder); sampling: options of `generate`; tick(n): n more are done;
     wrap(refine, y, index) -> another refine, for controls.
     """
     device, images = next(model.parameters()).device, None
@@ -295,8 +295,8 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
             refine = wrap(refine, y, part) if wrap else refine
             if model.cfg.kind == "mar":
                 given["order"] = torch.stack([refinement.order(k) for k in y.tolist()])
-        x = to_uint8(decode(draw(model, y, part.tolist(), seed, refine, **sampling, **given)))
-        images = np.empty((len(labels), *x.shape[1:]), np.uint8) if images is None else images
+        x = decode(draw(model, y, part.tolist(), seed, refine, **sampling, **given))
+        images = np.empty((len(labels), *x.shape[1:]), x.dtype) if images is None else images
         images[part.numpy()] = x
         tick(len(part))
     return images
@@ -319,7 +319,8 @@ def parse_args(argv=None):
     p = Parser(description="Draw images from a checkpoint.")
     add = p.add_argument
     add("--ckpt", default="out", help="a run folder or a checkpoint")
-    add("--vae", help="kl16.ckpt, for models of latents")
+    add("--vae", help="kl16.ckpt, for models of latents; without it a model of --dataset latents "
+                      "writes its latents, unscaled, to an .npz: latents, labels")
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
@@ -381,7 +382,7 @@ def setup(args):
     def dataset():
         found = datasets.load(facts["dataset"], data_dir() or facts.get("data_dir"), facts["size"],
                               facts["patch"], vae=args.vae, cache_dir=facts.get("cache_dir"),
-                              device=device)
+                              device=device, scale=(facts.get("vae") or {}).get("scale"))
         names = found.class_names
         if names != facts["class_names"]:
             raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...), not those "
@@ -448,11 +449,15 @@ def find_class(word, names):
                      f"({len(names)} classes)")
 
 
-def output(args, path):
+def output(args, job):
     """The checked file that is to be written."""
-    out = Path(args.out or path.parent / "sample.png")
+    out = Path(args.out or job.path.parent / "sample.png")
     if out.suffix not in (".png", ".npz") or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: expected a .png or .npz in a folder that can be written to")
+    if job.state["data"]["dataset"] == "latents" and not args.vae and out.suffix == ".png":
+        raise ValueError(f"--out {out}: this model draws latents of a tokeniser that is not here, "
+                         "and no picture; --out s.npz writes them unscaled for your own decoder, "
+                         "--vae decodes them if they are of kl16.ckpt")
     if not args.overwrite and out.exists():
         raise ValueError(f"{out} exists; choose another --out or add --overwrite")
     return out
@@ -462,7 +467,7 @@ def main():
     args = parse_args()
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     job = setup(args)
-    names, out = job.state["data"]["class_names"], output(args, job.path)
+    names, out = job.state["data"]["class_names"], output(args, job)
     found = [find_class(word, names) for word in args.classes or ()] or range(len(names))
     ids = torch.tensor(list(dict.fromkeys(found)))       # each once
     n, seed = args.n or 10 * len(ids), args.seed
@@ -485,11 +490,14 @@ def main():
 
     seconds = time.time() - began
     if out.suffix == ".npz":
-        write(out, lambda f: np.savez_compressed(f, arr_0=images, arr_1=labels.numpy()))
+        keys = ("arr_0", "arr_1") if images.dtype == np.uint8 else ("latents", "labels")
+        arrays = dict(zip(keys, (images, labels.numpy())))
+        write(out, lambda f: np.savez_compressed(f, **arrays))
     else:
         picture = image_grid(images[index.numpy()], min(10, n // len(ids) or n))
         write(out, lambda f: picture.save(f, "png"))
-    print(f"{n} images in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
+    what = "images" if images.dtype == np.uint8 else f"latents {images.shape[1:]}, unscaled,"
+    print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
 
 

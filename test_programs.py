@@ -752,8 +752,7 @@ CURVE = '''        if not refiners:
                 reg = r.reg * sq_cost(target, target).mean()
                 curve.append([divergence(z[at].float() @ r.axes[i], target, reg, tol=1e-3).item()
                               for z in (c, refined)])
-        x = to_uint8(decode(draw(model, y, part.tolist(), seed, refine, watch, **sampling,
-                                 **given)))
+        x = decode(draw(model, y, part.tolist(), seed, refine, watch, **sampling, **given))
         plt.semilogy(curve)
         plt.savefig("divergence.png")
 '''
@@ -762,8 +761,8 @@ LINES = {
     "noise": "# ---------------------------------------------------------------- noise",
     "drop": "        self.drop = nn.Dropout(cfg.dropout)\n\n    def forward(self, h, cos",
     "attention": "        a = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)\n",
-    "draw": "        x = to_uint8(decode(draw(model, y, part.tolist(), seed, refine, **sampling, "
-            "**given)))\n"}
+    "draw": "        x = decode(draw(model, y, part.tolist(), seed, refine, **sampling, "
+            "**given))\n"}
 
 
 class Copy:

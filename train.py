@@ -62,14 +62,17 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--dataset", choices=DATASETS, default="digits", help="what to train on")
     add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, of idx files "
-                           "(mnist), ImageNet")
-    add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder)")
+                           "(mnist), ImageNet; latents: npz with latents (N, z, h, h), labels [, "
+                           "split, class_names], or folder with one .npy of each")
+    add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder); latents: show them")
     add("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
     add("--size", type=number(int, 4, 2048), default=16, help="pixels of a side")
-    add("--patch", type=number(int, 1, 64), default=4, help="pixels of a token's side")
+    add("--patch", type=number(int, 1, 64), default=4, help="pixels, or latents, of a token's side")
     add("--max_bad", type=number(float, 0, 1), default=0.01,
         help="folders of images: share of unreadable ones that is tolerated")
     add("--model", default="gpt-tiny", help=f"one of {', '.join(PRESETS)}")
+    add("--init", metavar="FILE", help="fine-tune: start from the weights of another run, an export, "
+                                       "MAR's .pth or .safetensors; --model is that of the file")
     add("--out_dir", default="out", help="where the run lives")
     add("--steps", type=number(int, 0), default=2400, help="optimiser steps in all")
     add("--global_batch", type=number(int, 1), default=64, help="images per step, all processes")
@@ -281,12 +284,14 @@ def resume(path, model, ema, optimizers, dataset, args):
     """Load a checkpoint of this very run: (step, records); ValueError names whatever differs."""
     state = read_checkpoint(path)
     if "optimizers" not in state or "records" not in state:
-        raise ValueError(f"{path} holds no run that could be resumed; choose another --out_dir")
+        raise ValueError(f"{path} holds weights, but no run that could be resumed (no optimiser); "
+                         f"to fine-tune them: --init {path}, with another --out_dir")
 
     def decisive(args, config, data):
         flags = {k: v for k, v in args.items() if k not in FREE}
         return {**flags, **config, "classes": data["class_names"], "images": data["n_train"],
-                "latents": (data["vae"] or {}).get("fingerprint")}
+                "latents": [(data["vae"] or {}).get("fingerprint"),
+                            f"scale {(data['vae'] or {}).get('scale') or 1:.5g}"]}
 
     old = decisive(state["args"], state["config"], state["data"])
     new = decisive(settings_of(args), asdict(model.cfg), dataset.facts)
@@ -341,30 +346,40 @@ def plot_loss(path, records):
 
 
 def sample_grid(path, ema, dataset, args, columns=10):
-    """One row per class (the first 20), from the averaged weights."""
+    """One row per class (the first 20), from the averaged weights; its path, or why not."""
+    if dataset.latents and not dataset.vae:
+        return "no samples.png, as these latents have no decoder here (see sample.py --vae)"
     y = torch.arange(min(len(dataset.class_names), 20)).repeat_interleave(columns)
     scale = GUIDANCE if ema.cfg.class_dropout else 1.0
     x = draw(ema, y, range(len(y)), args.seed, cfg_scale=scale)
     image_grid(to_uint8(dataset.decode(x)), columns).save(path)
+    return path
 
 
-def open_data(args, device):
+def open_data(args, device, scale=None):
     """The data set of the flags; looks only at those that it needs, so that others are refused."""
     which = DATASETS[args.dataset]
     options = {"data_dir": args.data_dir} if which.needs_dir or which.photos else {}
+    if which.photos or which.load is None:
+        options |= {"vae": args.vae}
     if which.photos:
-        options |= {"vae": args.vae, "max_bad": args.max_bad}
-    if options.get("vae") or which.load is None:
-        options |= {"cache_dir": args.cache_dir}
+        options |= {"max_bad": args.max_bad}
+        if args.vae or which.load is None:
+            options |= {"cache_dir": args.cache_dir}
     return datasets.load(args.dataset, size=args.size, patch=args.patch, device=device,
-                         plan=args.dry_run, **options)
+                         plan=args.dry_run, scale=scale, **options)
 
 
 def main():
-    args = parse_args()
-    dataset = open_data(args, pick_device(args.device))
-    cfg = preset(args.model, **{**args.architecture, "token_dim": dataset.token_dim,
-                                "grid": dataset.grid, "num_classes": len(dataset.class_names)})
+    args, start = parse_args(), None
+    if args.init:
+        import finetune
+        start = finetune.Start(args)
+    dataset = open_data(args, pick_device(args.device), start and start.scale)
+    shape = {"token_dim": dataset.token_dim, "grid": dataset.grid,
+             "num_classes": len(dataset.class_names)}
+    cfg = (start.config(dataset, shape) if start else
+           preset(args.model, **{**args.architecture, **shape}))
     world = World(args.device)
     share, rest = divmod(args.global_batch, world.size * args.accumulate)
     if rest:
@@ -376,6 +391,8 @@ def main():
     torch.manual_seed(args.seed)                         # the same weights on every rank
     with torch.device("meta" if args.dry_run else "cpu"):
         model = build(cfg)
+    if start and not args.dry_run:
+        start.fill(model, dataset.class_names)
     if world.rank == 0:
         print(f"{args.model} on {args.dataset}: {model.num_params / 1e6:.3g}M parameters, "
               f"{cfg.n_tokens} tokens of {cfg.token_dim}, {len(dataset.train)} training and "
@@ -402,6 +419,8 @@ def train(model, dataset, args, world):
 
     out, chief, first, records = Path(args.out_dir), world.rank == 0, 0, []
     path = out / "ckpt.pt"
+    if (out / "checkpoint-last.pth").exists() and not path.exists():     # MAR's name of its own
+        path = out / "checkpoint-last.pth"
     if chief:
         check_space(out, 16 * model.num_params * (1 if path.exists() else 2))
     if path.exists():
@@ -449,8 +468,8 @@ def train(model, dataset, args, world):
         print(f"stopped by a signal; saved {path}; to resume, run the same command again")
     elif chief:
         plot_loss(out / "loss.png", records)
-        sample_grid(out / "samples.png", ema, dataset, args)
-        print(f"{path}, {out / 'samples.png'}; more images: python sample.py --ckpt {out}")
+        picture = sample_grid(out / "samples.png", ema, dataset, args)
+        print(f"{path}, {picture}; more images: python sample.py --ckpt {out}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import plain_names
+
 KL16_SCALE = 0.2325              # 1 / std of kl16.ckpt's latents on ImageNet; its only home
 
 
@@ -273,6 +275,7 @@ def read_state(path):
                          "again") from error
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
+    state = plain_names(state)
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         came = f"keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path} holds {came}, expected {{'model': state_dict}} as in kl16.ckpt; "
