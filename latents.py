@@ -481,7 +481,8 @@ class LatentArray(Latents):
 
 def read_rows(latents, rows):
     """float32 (B, z, h, h) of some rows; ValueError for the first that is not finite."""
-    z = torch.from_numpy(np.stack([latents[k] for k in rows]).astype(np.float32))
+    with np.errstate(over="ignore"):                     # of float64: not finite, see below
+        z = torch.from_numpy(np.stack([latents[k] for k in rows]).astype(np.float32))
     bad = ~z.isfinite().flatten(1).all(1)
     if bad.any():
         raise ValueError(f"latent {rows[int(bad.nonzero()[0])]} is not finite (as float32): remove "

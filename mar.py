@@ -271,6 +271,9 @@ def read_inpaint(args, model, facts, device):
     if kind != "mar":
         raise ValueError(f"--inpaint needs a mar model: a model of kind {kind} cannot condition on "
                          "an arbitrary part of an image")
+    if facts["dataset"] == "latents":
+        raise ValueError("--inpaint reads an image, and the tokeniser of this model's latents is "
+                         "not here to encode it")
     if not args.mask:
         raise ValueError("--inpaint needs --mask, white where the image is to be filled")
     if args.refine != "none":

@@ -304,6 +304,35 @@ def test_a_cache_of_another_vae_size_or_set_of_files_is_refused_in_one_line(tmp_
     refused(lambda: load(root, vae_files[0], cache), "made with another files")
 
 
+def test_folders_of_one_name_have_caches_of_their_own_and_replaced_images_are_never_stale(
+        tmp_path, vae_files, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [make_folder(tmp_path / version / "train") for version in ("v1", "v2")]
+    for file in folders[1].rglob("*.png"):
+        Image.open(file).transpose(Image.Transpose.FLIP_TOP_BOTTOM).save(file)
+    one, two = (load(folder, vae_files[0]) for folder in folders)
+    assert one.cache_dir != two.cache_dir
+    assert not torch.equal(one.train.batch([0])[0], two.train.batch([0])[0])
+    again = load("v1/train", vae_files[0])                  # the same place in other words
+    assert again.cache_dir == one.cache_dir
+
+    file = folders[0] / "cat" / "0.png"                     # other pixels, of the same size in bytes
+    stat, data_of_it = file.stat(), file.read_bytes()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10 ** 9))
+    assert file.read_bytes() == data_of_it
+    refused(lambda: load(folders[0], vae_files[0]), "made with another files", "delete this one",
+            "give it as --data_dir")
+    (Path(one.cache_dir) / "manifest.json").unlink()        # nor does an unfinished one go on
+    refused(lambda: load(folders[0], vae_files[0]), "made with another files")
+
+    # ImageNet is not listed each time: its place counts
+    names = ("n01440764", "n02099601")
+    a, b = (make_folder(tmp_path / place / "train", 100, names, SIDE) for place in "ab")
+    load(a, vae_files[0], "c", "imagenet256")
+    refused(lambda: load(b, vae_files[0], "c", "imagenet256"), "made with another images")
+    assert len(load("c", vae_files[0], None, "imagenet256").train) == 198, "as it is"
+
+
 def test_unreadable_images_are_left_out_of_the_cache_by_name(
         tmp_path, vae_files, small_shards, capsys):
     root = make_folder(tmp_path / "f", per_class=10)
@@ -384,7 +413,7 @@ def test_mar_s_one_npz_per_image_is_read_as_it_is(tmp_path, vae_files):
 @pytest.mark.parametrize("given, words", [
     (dict(name="imagenet256"), ("needs --vae kl16.ckpt",)),
     (dict(name="digits", vae=0), ("small enough for pixels",)),
-    (dict(name="folder", vae=0, patch=2, data_dir="x"), ("--patch 2: a latent is one token",)),
+    (dict(name="folder", vae=0, size=8, patch=3, data_dir="x"), ("stride 2 x --patch 3",)),
     (dict(name="folder", vae=0, size=9, data_dir="x"), ("multiple of the VAE's stride 2",)),
     (dict(name="imagenet256", vae=0, cache_dir="none"), ("no latent cache at none",)),
     (dict(name="imagenet256", vae="none.ckpt", data_dir="x"), ("no VAE checkpoint at",))])
@@ -517,6 +546,230 @@ def test_a_model_of_latents_is_measured_on_decoded_images_like_the_file_of_sampl
         values[name] = json.loads(out.read_text())["values"]
     for key in ("fid", "precision", "recall"):
         assert values["ckpt"][key] == pytest.approx(values["file"][key], rel=1e-6), key
+
+
+# ================================================================ latents of any tokeniser
+
+def some_latents(n=40, z=4, side=4, classes=2):
+    """{"latents", "labels"}, as a user brings them: of mean 1 and standard deviation 3."""
+    rng = np.random.default_rng(0)
+    latents = (3 * rng.standard_normal((n, z, side, side)) + 1).astype(np.float16)
+    return {"latents": latents, "labels": np.arange(n) % classes}
+
+
+def write_latents(path, arrays, layout="file"):
+    if layout == "file":
+        np.savez(path.with_suffix(".npz"), **arrays)
+        return path.with_suffix(".npz")
+    path.mkdir()
+    for name, array in arrays.items():
+        np.save(path / f"{name}.npy", array)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_the_model_gets_the_scaled_values_of_arrays_as_tokens_of_patch_squared(tmp_path, layout):
+    arrays = some_latents()
+    d = data.load("latents", write_latents(tmp_path / "l", arrays, layout), patch=2)
+    held = np.isin(np.arange(40), (18, 19, 38, 39))         # each tenth of both classes
+    z = arrays["latents"][~held].astype(np.float64)
+    assert (len(d.train), len(d.heldout), d.class_names) == (36, 4, ["0", "1"])
+    assert (d.grid, d.token_dim, d.size, d.channels) == (2, 16, 4, 4)
+    assert isinstance(d.train.moments, np.memmap) == (layout == "folder")
+    assert d.facts["vae"]["scale"] == pytest.approx(1 / z.std(), rel=1e-6), "float32 sums"
+    assert d.x0_bound == pytest.approx(5 + z.mean() / z.std(), rel=1e-6), "5 std beside the mean"
+
+    for split, rows in ((d.train, ~held), (d.heldout, held)):
+        x, y = split.batch(range(len(split)), key=(0, 0))
+        x = data.patchify(x, d.patch)
+        want = torch.from_numpy(arrays["latents"][rows].astype(np.float32) * np.float32(1 / z.std()))
+        # token 1 is the upper right corner, channel first
+        assert torch.allclose(x[:, 1], want[:, :, :2, 2:].flatten(1), rtol=1e-6)
+        assert y.tolist() == arrays["labels"][rows].tolist()
+    refused(lambda: d.decode(x), "no decoder here")
+
+
+def test_arrays_may_bring_their_split_and_names_and_mar_s_cache_is_read_without_its_vae(tmp_path):
+    arrays = some_latents()
+    arrays |= {"split": np.arange(40) >= 30, "class_names": np.array(["cat", "dog"])}
+    d = data.load("latents", write_latents(tmp_path / "l", arrays), patch=1)
+    assert (len(d.train), len(d.heldout), d.class_names) == (30, 10, ["cat", "dog"])
+    assert np.array_equal(d.heldout.rows, range(30, 40))
+    for k in range(20):
+        (tmp_path / "m" / "ab"[k % 2]).mkdir(parents=True, exist_ok=True)
+        both = np.random.default_rng(k).standard_normal((2, 8, 4, 4)).astype(np.float32)
+        np.savez(tmp_path / "m" / "ab"[k % 2] / f"{k}.npz", **dict(zip(("moments", "moments_flip"),
+                                                                       both)))
+    d = data.load("latents", tmp_path / "m", patch=2)
+    assert (len(d.train), len(d.heldout), d.token_dim, d.grid) == (18, 2, 16, 2)
+    assert d.facts["vae"]["scale"] != KL16_SCALE, "its own"
+
+
+def changed(**changes):
+    return lambda: {k: v for k, v in {**some_latents(), **changes}.items() if v is not None}
+
+
+def with_nan(dtype):
+    latents = some_latents()["latents"].astype(dtype)
+    latents[7, 1, 2, 3] = np.nan
+    return latents
+
+
+@pytest.mark.parametrize("make, words", [
+    (changed(labels=None), ("holds latents float16 (40, 4, 4, 4); expected", "labels")),
+    (changed(latents=None), ("holds labels int64 (40,); expected an npz file",)),
+    (changed(latents=np.zeros((40, 4, 16), np.float32)), ("latents float32 (40, 4, 16)",)),
+    (changed(latents=np.zeros((40, 4, 4, 4), np.uint8)), ("latents uint8",)),
+    (changed(labels=np.arange(39)), ("labels int64 (39,)",)),
+    (changed(labels=np.zeros(40)), ("labels float64",)),
+    (changed(labels=np.arange(40) % 2 - 1), ("from 0 up",)),
+    (changed(split=np.arange(40)), ("split int64 (40,)", "0 or 1")),
+    (changed(split=np.ones(40, int)), ("no latent is for training",)),
+    (changed(split=np.arange(40) % 2), ("class '1'", "no training image")),
+    (changed(class_names=np.array(["cat"])), ("labels up to 1, but 1 class_names",)),
+    (changed(latents=with_nan(np.float32)), ("latent 7 is not finite",)),
+    (changed(latents=np.full((40, 4, 4, 4), 1e300)), ("latent 0 is not finite",)),
+    (changed(latents=np.ones((40, 4, 4, 4))), ("variance", "constant")),
+    (changed(latents=np.random.randn(40, 4, 4, 6)), ("latents of 4 x 6: expected square",)),
+    (changed(latents=np.random.randn(40, 4, 3, 3)), ("multiple of --patch 2",))])
+def test_bad_arrays_are_one_line_that_says_what_came(make, words, tmp_path):
+    path = write_latents(tmp_path / "l", make())
+    refused(lambda: data.load("latents", path, patch=2), *words)
+
+
+def test_a_missing_or_damaged_file_of_latents_and_a_size_are_one_line(tmp_path):
+    path = write_latents(tmp_path / "l", some_latents(), "folder")
+    refused(lambda: data.load("latents", path, size=16), "--size 16", "are 4 x 4")
+    refused(lambda: data.load("latents"), "no --data_dir", "expected an npz")
+    refused(lambda: data.load("latents", tmp_path / "none"), "none; expected an npz")
+    (path / "latents.npy").write_bytes((path / "latents.npy").read_bytes()[:300])
+    refused(lambda: data.load("latents", path), "latents.npy is not a readable npy")
+    (tmp_path / "l.npz").write_bytes(b"PK")
+    refused(lambda: data.load("latents", tmp_path / "l.npz"), "not a readable npz")
+
+
+@pytest.fixture(scope="module")
+def array_run(tmp_path_factory):
+    """(run, file of latents) of two steps on 2 x 2 latents a token."""
+    root = tmp_path_factory.mktemp("arrays")
+    file = write_latents(root / "l", some_latents(200))
+    with pytest.MonkeyPatch.context() as patch:
+        argv = ["--out_dir", root / "run", "--dataset", "latents", "--data_dir", file, "--patch", 2,
+                *TRAIN[2:], "--steps", 2, "--set", "lr_schedule=constant"]
+        patch.setattr("sys.argv", ["train.py", *map(str, argv)])
+        train.main()
+    return root / "run", file
+
+
+def test_a_model_of_arrays_resumes_bitwise_and_shows_a_picture_only_where_a_vae_fits(
+        array_run, vae_files, tmp_path, monkeypatch, capsys):
+    run, file = array_run
+    state = files.read_checkpoint(run)
+    assert (state["config"]["token_dim"], state["config"]["grid"]) == (16, 2)
+    assert state["data"]["vae"]["fingerprint"] is None and not (run / "samples.png").exists()
+
+    flags = ["--dataset", "latents", "--patch", 2, *TRAIN[2:], "--set", "lr_schedule=constant"]
+    fit = lambda out, steps, *more, file=file: call(
+        train, ["--out_dir", tmp_path / out, "--data_dir", file, *flags, "--steps", steps, *more],
+        monkeypatch, capsys)
+    for out, steps, more in (("a", 3, ()), ("b", 1, ()), ("b", 3, ("--vae", vae_files[0]))):
+        code, shown, err = fit(out, steps, *more)
+        assert code == 0, err
+        assert ("no samples.png" in shown) == (more == ())
+    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
+    assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+    assert Image.open(tmp_path / "b" / "samples.png").mode == "RGB"
+
+    arrays = some_latents(200)                              # as many others are another run
+    other = write_latents(tmp_path / "o", {**arrays, "latents": arrays["latents"] * 2})
+    code, _, err = fit("b", 4, file=other)
+    assert code == 2 and "scale" in err, err
+    other = write_latents(tmp_path / "z", some_latents(200, z=16))
+    code, _, err = fit("c", 1, "--vae", vae_files[0], file=other)
+    assert code == 2 and "has 4 channels, these latents 16" in err, err
+
+
+def test_a_model_of_arrays_draws_unscaled_latents_for_a_decoder_of_its_own_or_decodes(
+        array_run, vae_files, tmp_path, monkeypatch, capsys):
+    run, file = array_run
+    flags = ["--ckpt", run, "--n", 6, "--steps", 3]
+    for out in ([], ["--out", tmp_path / "s.png"]):
+        code, _, err = call(sample, [*flags, *out], monkeypatch, capsys)
+        assert code == 2 and "for your own decoder" in err and err.count("\n") == 1, err
+    code, shown, err = call(sample, [*flags, "--out", tmp_path / "s.npz"], monkeypatch, capsys)
+    assert code == 0 and "6 latents (4, 4, 4), unscaled" in shown, err
+    with np.load(tmp_path / "s.npz") as z:
+        drawn = dict(z)
+    assert drawn["labels"].tolist() == [0, 1] * 3 and drawn["latents"].dtype == np.float32
+
+    m, state = models.load_model(run)
+    x = sample.draw(m, torch.tensor([0, 1] * 3), range(6), 0, steps=3, cfg_scale=models.GUIDANCE,
+                    solver=None)
+    scale = state["data"]["vae"]["scale"]
+    want = data.unpatchify(x, 2) / scale
+    assert np.allclose(drawn["latents"], want, atol=1e-4), "other batches: fp32"
+    # what was drawn is what the model can be given: round trip
+    back = data.load("latents", tmp_path / "s.npz", patch=2, scale=scale)
+    again = torch.cat([split.batch(range(len(split)))[0] for split in (back.train, back.heldout)])
+    order = [*back.train.rows, *back.heldout.rows]
+    assert torch.allclose(data.patchify(again, 2), x[order], atol=1e-4)
+
+    more = ["--vae", vae_files[0], "--out", tmp_path / "i.npz"]
+    code, _, err = call(sample, [*flags, *more], monkeypatch, capsys)
+    assert code == 0, err
+    net = load_kl16(vae_files[0], scale=1.0)
+    want = data.to_uint8(net.decode(torch.from_numpy(drawn["latents"])))
+    assert np.abs(images_in(tmp_path / "i.npz")[0] - want).max() <= 1, "rounding"
+
+
+def test_a_model_of_arrays_is_refined_with_its_own_scale_and_measured_where_a_vae_decodes(
+        array_run, vae_files, tmp_path, monkeypatch, capsys):
+    run, file = array_run
+    arrays = some_latents(200)                              # references of another scale
+    other = write_latents(tmp_path / "o", {**arrays, "latents": arrays["latents"] / 4})
+    real, seen = sample.ideal_conditions, []
+    monkeypatch.setattr(sample, "ideal_conditions", lambda model, x, *a: (seen.append(x), real(
+        model, x, *a))[1])
+    drawn = {}
+    for name, more in {"plain": [], "refined": ["--refine", "default", "--coupled", "--m", 30],
+                       "other": ["--refine", "default", "--coupled", "--m", 30, "--data_dir",
+                                 other]}.items():
+        code, _, err = call(sample, ["--ckpt", run, "--n", 40, "--steps", 2, *more, "--out",
+                                     tmp_path / f"{name}.npz"], monkeypatch, capsys)
+        assert code == 0, err
+        with np.load(tmp_path / f"{name}.npz") as z:
+            drawn[name] = z["latents"]
+    assert (drawn["plain"] != drawn["refined"]).any()
+    half = len(seen) // 2
+    assert all(torch.allclose(a, 4 * b, rtol=1e-3, atol=1e-4)           # float16 was divided
+               for a, b in zip(seen[:half], seen[half:])), "both by the scale of the training"
+
+    judged = ["--ckpt", run, "--n", 20, "--steps", 2, "--features", "pixels"]
+    code, _, err = call(evaluate, judged, monkeypatch, capsys)
+    assert code == 2 and "no decoder here" in err and err.count("\n") == 1, err
+    code, shown, err = call(evaluate, [*judged, "--vae", vae_files[0]], monkeypatch, capsys)
+    assert code == 0 and "Frechet distance" in shown, err
+    code, _, err = call(evaluate, ["--samples", tmp_path / "plain.npz", "--dataset", "latents",
+                                   "--data_dir", file], monkeypatch, capsys)
+    assert code == 2 and "latents float32 (40, 4, 4, 4)" in err, err
+
+
+def test_latents_of_images_may_be_tokens_of_several_too(
+        latent_run, vae_files, tmp_path, monkeypatch, capsys):
+    _, folder, cache = latent_run
+    whole, cut = (data.load("folder", folder, size=SIDE, patch=patch, vae=vae_files[0],
+                            cache_dir=cache) for patch in (1, 2))
+    assert (cut.grid, cut.token_dim) == (2, 16) and (whole.grid, whole.token_dim) == (4, 4)
+    x = cut.heldout.batch([0, 3])[0]
+    assert torch.equal(cut.decode(data.patchify(x, 2)), whole.decode(data.patchify(x, 1)))
+    flags = ["--dataset", "folder", "--data_dir", folder, "--cache_dir", cache, *TRAIN, "--patch",
+             2, "--vae", vae_files[0]]
+    code, _, err = call(train, ["--out_dir", tmp_path / "r", *flags, "--steps", 1], monkeypatch,
+                        capsys)
+    assert code == 0, err
+    code, _, err = call(sample, ["--ckpt", tmp_path / "r", "--vae", vae_files[0], "--n", 4,
+                                 "--steps", 2, "--out", tmp_path / "s.npz"], monkeypatch, capsys)
+    assert code == 0 and images_in(tmp_path / "s.npz")[0].shape == (4, SIDE, SIDE, 3), err
 
 
 # ================================================================ many processes

@@ -22,6 +22,7 @@ import files
 import mar
 import model as models
 import sample
+import sets
 import train
 from data import patchify
 from diffloss import DiffLoss, ImageNoise, ddpm, respaced, respaced_steps
@@ -457,7 +458,7 @@ class LiteralMAR:
         full = w["mask_token"][0].expand(g.n_class_tokens + len(x), -1).clone()
         full[keep] = self.linear(self.norm(h, "encoder_norm"), "decoder_embed")
         h = full + w["decoder_pos_embed_learned"][0]
-        for j in range(g.n_layer):
+        for j in range(g.n_decoder or g.n_layer):
             h = self.block(h, f"decoder_blocks.{j}")
         h = self.norm(h, "decoder_norm")[g.n_class_tokens:]
         return h + w["diffusion_pos_embed_learned"][0]
@@ -565,7 +566,7 @@ def test_the_size_of_a_released_model_is_read_from_its_tensors(name, grid):
     with torch.device("meta"):
         cfg = preset(name, grid=grid)
         state = build(cfg).state_dict()
-    assert mar.mar_config(state, None, "file") == cfg
+    assert mar.mar_config(state, None, {}, "file") == cfg
 
 
 def test_a_wrong_or_partial_mar_file_is_refused_by_its_first_offending_name(golden, tmp_path):
@@ -618,6 +619,83 @@ def test_safetensors_are_read_without_a_package_and_warned_about(golden, tmp_pat
         got, _ = models.load_model(write_safetensors(tmp_path / "b.safetensors", m.state_dict()))
     assert got.cfg == cfg
     assert all(torch.equal(v, m.state_dict()[k]) for k, v in got.state_dict().items())
+
+
+def relative_of(path, **changes):
+    """A file of MAR's family: KL-8's 4 channels, 2 x 2 latents a token, a decoder deeper than the
+    encoder, a width of its own, and a table of classes with rows to spare. Its model."""
+    torch.manual_seed(0)
+    cfg = preset("mar-b", n_layer=1, n_decoder=3, n_head=3, n_embd=36, head_depth=1, head_width=64,
+                 grid=2, num_classes=5, n_class_tokens=2, **changes)
+    m = build(cfg).eval()
+    for p in m.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.02)
+    flags = argparse.Namespace(patch_size=2, vae_embed_dim=4, vae_stride=8, class_num=3,
+                               mask_ratio_min=0.5, label_drop_prob=0.2, proj_dropout=0.3,
+                               diffusion_batch_mul=1)
+    torch.save({"model": m.state_dict(), "model_ema": m.state_dict(), "args": flags, "n_head": 3},
+               path)
+    return m
+
+
+@torch.no_grad()
+def test_mar_s_whole_family_loads_as_its_args_and_tensors_say(tmp_path, program):
+    file = tmp_path / "kl8.pth"
+    m = relative_of(file)
+    got, state = models.load_model(file)
+    want = {"n_layer": 1, "n_decoder": 3, "n_head": 3, "n_embd": 36, "token_dim": 16, "grid": 2,
+            "num_classes": 3, "mask_min": 0.5, "class_dropout": 0.2, "dropout": 0.3,
+            "diffusion_batch_mul": 1}
+    assert {k: state["config"][k] for k in want} == want
+    facts = {k: state["data"][k] for k in ("dataset", "size", "channels", "patch", "class_names")}
+    assert facts == {"dataset": "latents", "size": 4, "channels": 4, "patch": 2,
+                     "class_names": ["0", "1", "2"]}
+    assert torch.equal(got.class_emb.weight, m.class_emb.weight[:3]), "the others were never trained"
+
+    x, order = torch.randn(1, 4, 16, generator=gen()), torch.tensor([[2, 0, 3, 1]])
+    literal = LiteralMAR(m.state_dict(), m.cfg, torch.float64)
+    for known in range(4):
+        mask = torch.ones(4).scatter(0, order[0, :known], 0.0)
+        c = literal.conditions(x[0].double(), mask, literal.w["class_emb.weight"][1])
+        at = order[:, :known]
+        ours = got.step_conditions(gather(x, at), at, torch.tensor([1]))[0]
+        assert relative(ours.double(), c) < 1e-5, "float32 of four blocks"
+
+    code, shown, err = program(sample, "--ckpt", file, "--n", 3, "--steps", 2, "--out",
+                               tmp_path / "s.npz")
+    assert code == 0 and "latents (4, 4, 4), unscaled" in shown, err
+    with np.load(tmp_path / "s.npz") as z:
+        assert z["latents"].shape == (3, 4, 4, 4)
+        drawn = torch.from_numpy(z["latents"]) * KL16_SCALE
+    x = sample.draw(got, torch.arange(3), range(3), 0, steps=2, cfg_scale=models.GUIDANCE,
+                    solver=None)
+    assert relative(patchify(drawn, 2), x) < 1e-5
+
+
+def test_a_mar_file_whose_args_contradict_its_tensors_is_refused(tmp_path):
+    relative_of(tmp_path / "m.pth")
+    state = torch.load(tmp_path / "m.pth", weights_only=False)
+    state["args"].patch_size = 3
+    torch.save(state, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="16 values, its args say patch_size 3 and vae_embed_dim 4"):
+        models.load_model(tmp_path / "m.pth")
+    with pytest.raises(ValueError, match="n_decoder=2: only mar"):
+        preset("gpt-b", n_decoder=2)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_names_of_ddp_and_compile_are_those_of_the_plain_module(prefix, runs, tmp_path):
+    put = lambda weights: {prefix + k: v for k, v in weights.items()}
+    state = files.read_checkpoint(runs["cdm-tiny"])
+    torch.save({**state, "model": put(state["model"]), "ema": put(state["ema"])}, tmp_path / "c.pt")
+    m = relative_of(tmp_path / "m.pth")
+    mar_state = torch.load(tmp_path / "m.pth", weights_only=False)
+    torch.save({**mar_state, "model": put(m.state_dict()), "model_ema": put(m.state_dict())},
+               tmp_path / "n.pth")
+    for plain, other in ((runs["cdm-tiny"], "c.pt"), (tmp_path / "m.pth", "n.pth")):
+        want, got = (models.load_model(f)[0].state_dict() for f in (plain, tmp_path / other))
+        assert list(want) == list(got) and all(torch.equal(want[k], got[k]) for k in want)
 
 
 # ================================================================ from the command line
@@ -788,6 +866,120 @@ def test_inpainting_from_files(draw, tmp_path):
     assert "no white pixel" in draw("mar-tiny", *args, "--mask", tmp_path / "black.png", ok=False)
     assert "cannot be refined" in draw("mar-tiny", *whole, "--refine", "default", ok=False)
     assert "needs a mar model" in draw("cdm-tiny", *whole, ok=False)
+
+
+def test_an_exported_file_has_what_mar_s_programs_need_and_comes_back_whole(program, tmp_path):
+    relative_of(tmp_path / "kl8.pth")
+    file = tmp_path / "back.pth"
+    code, _, err = program(mar, "export", tmp_path / "kl8.pth", file)
+    assert code == 0, err
+    (ours, first), (theirs, second) = (models.load_model(f) for f in (tmp_path / "kl8.pth", file))
+    assert first["config"] == second["config"] and first["data"] == second["data"]
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+    state = torch.load(file, weights_only=False)
+    # without what we keep beside, the flags alone say as much
+    flags = {"img_size": 4, "vae_stride": 1, "vae_embed_dim": 4, "patch_size": 2, "class_num": 3,
+             "buffer_size": 2, "diffloss_d": 1, "diffloss_w": 64, "mask_ratio_min": 0.5}
+    assert flags.items() <= vars(state["args"]).items()
+    assert state["model"]["class_emb.weight"].shape == (1000, 36), "as MAR's module has it"
+    torch.save({k: v for k, v in state.items() if k != "data"}, file)
+    assert models.load_model(file)[1]["data"] == first["data"]
+
+
+# ================================================================ fine-tuning
+
+INIT = ["--global_batch", 16, "--eval_every", 1, "--device", "cpu", "--init"]
+
+
+def test_fine_tuning_starts_from_averaged_weights_and_goes_on_without_the_file(
+        runs, program, tmp_path, monkeypatch):
+    for picture in ("plot_loss", "sample_grid"):
+        monkeypatch.setattr(train, picture, lambda *args: None)
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(runs["mar-tiny"], source)
+    flags = ["--out_dir", out, *INIT, source]
+    code, shown, err = program(train, *flags, "--steps", 0, "--set", "dropout=0")
+    assert code == 0 and "10 of 10 classes keep their embedding" in shown, err
+    old, new = files.read_checkpoint(source), files.read_checkpoint(out)
+    for part in ("model", "ema"):
+        assert all(torch.equal(new[part][k], v) for k, v in old["ema"].items())
+    assert new["step"] == 0 and new["args"]["init"] == str(source)
+    assert new["config"] == {**old["config"], "dropout": 0.0}
+    assert not any(o["state"] for o in new["optimizers"]), "fresh"
+
+    shutil.rmtree(source)
+    code, shown, err = program(train, *flags, "--steps", 2, "--set", "dropout=0")
+    assert code == 0 and "resuming" in shown and files.read_checkpoint(out)["step"] == 2, err
+    code, _, err = program(train, "--out_dir", out, "--model", "mar-tiny", "--steps", 3, *FAST)
+    assert code == 2 and "another run" in err and "init" in err, err
+
+
+@pytest.mark.parametrize("name", ["mar-tiny", "cdm-tiny"])
+def test_classes_keep_their_embedding_by_name_and_others_start_anew(
+        name, runs, program, tmp_path, monkeypatch):
+    for picture in ("plot_loss", "sample_grid"):
+        monkeypatch.setattr(train, picture, lambda *args: None)
+    rng = np.random.default_rng(0)
+    for k in ("7", "cat", "3"):                             # sorted: 3, 7, cat
+        (tmp_path / "f" / k).mkdir(parents=True)
+        for j in range(4):
+            image = Image.fromarray(rng.integers(0, 255, (16, 16), dtype=np.uint8))
+            image.save(tmp_path / "f" / k / f"{j}.png")
+    monkeypatch.setattr(sets, "load_folder", grey(sets.load_folder))
+    code, shown, err = program(train, "--out_dir", tmp_path / "o", "--dataset", "folder",
+                               "--data_dir", tmp_path / "f", "--steps", 0, *INIT, runs[name])
+    assert code == 0 and "2 of 3 classes keep their embedding" in shown, err
+    old, new = (files.read_checkpoint(f)["ema"] for f in (runs[name], tmp_path / "o"))
+    old_table, table = old.pop("class_emb.weight"), new.pop("class_emb.weight")
+    assert all(torch.equal(new[k], v) for k, v in old.items())
+    assert torch.equal(table[:2], old_table[[3, 7]])
+    assert not (table[2] == old_table).all(1).any(), "cat is new"
+    assert torch.equal(table[3:], old_table[10:]), "no class: the last row of cdm, none of mar"
+
+
+def grey(load):
+    def call(*args, **options):
+        train, heldout, names = load(*args, **options)
+        for part in (train, heldout):
+            part.images = part.images[..., :1]
+        return train, heldout, names
+    return call
+
+
+def test_weights_of_mar_are_fine_tuned_in_the_scale_that_they_know(program, tmp_path, monkeypatch):
+    for picture in ("plot_loss", "sample_grid"):
+        monkeypatch.setattr(train, picture, lambda *args: None)
+    relative_of(tmp_path / "m.pth")
+    latents = 2 * np.random.default_rng(0).standard_normal((40, 4, 4, 4))
+    np.savez(tmp_path / "l.npz", latents=latents, labels=np.arange(40) % 2)
+    flags = ["--dataset", "latents", "--data_dir", tmp_path / "l.npz", "--steps", 1]
+    code, _, err = program(train, "--out_dir", tmp_path / "o", *flags, "--patch", 2, *INIT,
+                           tmp_path / "m.pth")
+    assert code == 0, err
+    state = files.read_checkpoint(tmp_path / "o")
+    assert state["data"]["vae"]["scale"] == KL16_SCALE
+    std = KL16_SCALE * latents.std()
+    assert state["data"]["x0_bound"] == pytest.approx(5 * std, rel=0.05), "beside the mean"
+    assert (state["config"]["n_decoder"], state["config"]["num_classes"]) == (3, 2)
+
+    fit = lambda *more: program(train, "--out_dir", tmp_path / "x", *flags, *more)
+    for words, more in {
+            "4 x 4 tokens of 4 values (patch 1) of latents": [*INIT, tmp_path / "m.pth"],
+            "holds a model with n_layer=1, the flags ask for 12":
+                ["--patch", 2, "--model", "mar-b", *INIT, tmp_path / "m.pth"],
+            "holds a model with n_embd=36": ["--patch", 2, *INIT, tmp_path / "m.pth",
+                                             "--set", "n_embd=72"],
+            "no checkpoint at": [*INIT, tmp_path / "none.pth"]}.items():
+        code, _, err = fit(*more)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+    assert not (tmp_path / "x").exists(), "before any work"
+
+    (tmp_path / "x").mkdir()
+    for name in ("ckpt.pt", "checkpoint-last.pth"):         # weights where a run is looked for
+        shutil.copy(tmp_path / "m.pth", tmp_path / "x" / name)
+        code, _, err = fit("--patch", 2, "--model", "mar-tiny")
+        assert code == 2 and f"--init {tmp_path / 'x' / name}" in err, err
+        (tmp_path / "x" / name).unlink()
 
 
 def test_our_mar_weights_come_back_from_mar_s_layout(runs, program, tmp_path):
