@@ -37,9 +37,9 @@ class Start:
             asked = {**{k: v for k, v in PRESETS[self.named].items() if k not in TRAINING}, **asked}
         for name, value in asked.items():
             if value != getattr(cfg, name):
-                raise ValueError(f"--init {self.path} holds a model with {name}={getattr(cfg, name)}"
-                                 f", the flags ask for {value}: its architecture cannot change; "
-                                 "leave out --model and --set of architecture")
+                raise ValueError(f"--init {self.path} holds a model with "
+                                 f"{name}={getattr(cfg, name)}, the flags ask for {value}: its "
+                                 f"architecture cannot change; leave out --model, --set {name}")
         ours = (cfg.grid, cfg.token_dim, self.facts["patch"])
         theirs = (dataset.grid, dataset.token_dim, dataset.patch)
         if ours != theirs or bool(self.facts["vae"]) != bool(dataset.latents):

@@ -96,9 +96,9 @@ def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan, sca
     if net:
         net.scale = measured["scale"] or net.scale
     return data.Data(name, train, heldout, names, size, channels, patch,
-                     side // patch, x0_bound=measured["x0_bound"], data_dir=data_dir and str(data_dir),
-                     cache_dir=root and str(root), latents={**measured, "fingerprint": fingerprint},
-                     vae=net)
+                     side // patch, measured["x0_bound"], data_dir=data_dir and str(data_dir),
+                     cache_dir=root and str(root), vae=net,
+                     latents={**measured, "fingerprint": fingerprint})
 
 
 def vae_of(name, vae, size, patch, device, plan):
@@ -545,9 +545,11 @@ def read_arrays(path):
     if not good:
         held = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items()) or "none of them"
         raise ValueError(f"{path} holds {held}; {EXPECTED}")
+    most = n if called is None else len(called)
+    if labels.max() >= most:
+        raise ValueError(f"{path} has labels up to {labels.max()}, but {most} "
+                         + ("latents" if called is None else "class_names"))
     called = [str(y) for y in (range(labels.max() + 1) if called is None else called)]
-    if labels.max() >= len(called):
-        raise ValueError(f"{path} has labels up to {labels.max()}, but {len(called)} class_names")
     held = data.heldout_mask(labels, 0.1) if held is None else held
     return latents, labels.astype(np.int64), held.astype(int), called
 

@@ -412,10 +412,8 @@ def from_mar(state, path):
         warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose "
                       "images are worse than the averaged ones of the original "
                       "checkpoint-last.pth", stacklevel=2)
-    flags = state.get("args") or {}
-    flags = flags if isinstance(flags, dict) else vars(flags)
-    cfg = mar_config(weights, state.get("n_head") or flags.get("n_head"), flags, path)
-    cfg = replace(cfg, rope=bool(state.get("rope")))
+    flags = mar_flags(state, path)
+    cfg = replace(mar_config(weights, flags, path), rope=bool(state.get("rope")))
     known = lambda part: {name: v[:cfg.num_classes] if name == "class_emb.weight" else v
                           for name, v in part.items()}
     weights, raw = known(weights), known(state.get("model", weights))
@@ -424,8 +422,23 @@ def from_mar(state, path):
     if problem:
         raise ValueError(f"{path}: {problem}; expected the weights of MAR with {cfg.n_layer} "
                          f"layers of width {cfg.n_embd}, complete")
+    facts = state.get("data")
     return {"config": asdict(cfg), "model": raw, "ema": weights, "step": 0,
-            "data": state.get("data") or data_facts(cfg, flags, path)}
+            "data": facts if isinstance(facts, dict) else data_facts(cfg, flags, path)}
+
+
+def mar_flags(state, path):
+    """What a file says in numbers that its tensors do not: args, and n_head beside them."""
+    given = state.get("args") or {}
+    given = given if isinstance(given, dict) else vars(given)
+    given = {**given, "n_head": state.get("n_head") or given.get("n_head")}
+    whole = ("patch_size", "vae_stride", "vae_embed_dim", "class_num", "n_head")
+    flags = {k: given[k] for k in (*FLAGS, *whole) if given.get(k) is not None}
+    for name, value in flags.items():
+        if not isinstance(value, int if name in whole else (int, float)) or value < (name in whole):
+            raise ValueError(f"{path}: its args say {name}={value!r}; expected a number as MAR's "
+                             "main_mar.py takes")
+    return flags
 
 
 def data_facts(cfg, flags, path):
@@ -447,8 +460,9 @@ def data_facts(cfg, flags, path):
             "vae": {"fingerprint": None, "scale": KL16_SCALE}}
 
 
-def mar_config(weights, n_head, flags, path):
+def mar_config(weights, flags, path):
     """The Config of a MAR state dict. No tensor shows n_head: unless given, that of MAR's sizes."""
+    n_head = flags.get("n_head")
     def shape(name):
         if name not in weights:
             raise ValueError(f"{path}: tensor '{name}' is missing: no complete MAR checkpoint")

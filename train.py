@@ -71,8 +71,8 @@ def parse_args(argv=None):
     add("--max_bad", type=number(float, 0, 1), default=0.01,
         help="folders of images: share of unreadable ones that is tolerated")
     add("--model", default="gpt-tiny", help=f"one of {', '.join(PRESETS)}")
-    add("--init", metavar="FILE", help="fine-tune: start from the weights of another run, an export, "
-                                       "MAR's .pth or .safetensors; --model is that of the file")
+    add("--init", metavar="FILE", help="fine-tune: start from the weights of another run, an "
+                                       "export, MAR's .pth or .safetensors, whose model it is")
     add("--out_dir", default="out", help="where the run lives")
     add("--steps", type=number(int, 0), default=2400, help="optimiser steps in all")
     add("--global_batch", type=number(int, 1), default=64, help="images per step, all processes")
