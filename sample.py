@@ -325,7 +325,8 @@ def parse_args(argv=None):
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
-    add("--out", help=".png or .npz (default: sample.png beside the checkpoint)")
+    add("--out", help=".png or .npz (default: sample.png, of latents sample.npz, beside the "
+                      "checkpoint)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--device", default="auto", help="auto, cpu, cuda ...")
     add("--solver", help="ddpm (the default: random), ddim, dpm++ (for few steps)")
@@ -451,10 +452,11 @@ def find_class(word, names):
 
 def output(args, job):
     """The checked file that is to be written."""
-    out = Path(args.out or job.path.parent / "sample.png")
+    latents = job.state["data"]["dataset"] == "latents" and not args.vae
+    out = Path(args.out or job.path.parent / f"sample.{'npz' if latents else 'png'}")
     if out.suffix not in (".png", ".npz") or not os.access(out.parent, os.W_OK):
         raise ValueError(f"--out {out}: expected a .png or .npz in a folder that can be written to")
-    if job.state["data"]["dataset"] == "latents" and not args.vae and out.suffix == ".png":
+    if latents and out.suffix == ".png":
         raise ValueError(f"--out {out}: this model draws latents of a tokeniser that is not here, "
                          "and no picture; --out s.npz writes them unscaled for your own decoder, "
                          "--vae decodes them if they are of kl16.ckpt")
