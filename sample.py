@@ -284,7 +284,7 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
                 tick=lambda n: None, wrap=None):
     """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
 
-    decode: tokens (B, N, D) -> images, or latents (see data.decoder); sampling: options of
+    decode: tokens (B, N, D) -> uint8 images, or latents: see data.decoder; sampling: options of
     `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls.
     """
     device, images = next(model.parameters()).device, None

@@ -264,8 +264,8 @@ def test_a_class_is_refined_alike_beside_any_other_classes_and_in_any_batch(coup
     labels, how = torch.arange(24) % 3, dict(solver="ddim", steps=2, cfg_scale=1.0)
 
     def draw(index, size, r):
-        return sample.draw_images(MODEL, lambda x: unpatchify(x, 2), labels, index, 0, how, size,
-                                  r).astype(int)[index]
+        decode = lambda x: data.to_uint8(unpatchify(x, 2))
+        return sample.draw_images(MODEL, decode, labels, index, 0, how, size, r).astype(int)[index]
 
     refinement, mine = Counted(coupled=coupled), torch.arange(1, 24, 3)
     together = draw(torch.arange(24), 24, refinement)
