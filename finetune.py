@@ -23,7 +23,7 @@ class Start:
         self.path = find_checkpoint(own if own.exists() else args.init)
         self.model, state = load_model(self.path)
         self.facts = state["data"]
-        self.scale = (self.facts["vae"] or {}).get("scale")
+        self.scale = (self.facts.get("vae") or {}).get("scale")
         self.named = args.model if "model" in args._given else None
         args.model = self.named or f"the model of {args.init}"
 

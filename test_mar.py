@@ -738,6 +738,15 @@ def test_two_and_two_steps_equal_four_bitwise(name, runs, program, tmp_path, mon
     assert losses[0] == losses[1] and np.isfinite(losses[0]).all()
 
 
+def test_a_run_from_before_a_field_of_config_goes_on(runs, program, tmp_path):
+    state = files.read_checkpoint(runs["mar-tiny"])
+    del state["config"]["n_decoder"]
+    files.save_checkpoint(tmp_path / "ckpt.pt", state)
+    code, text, err = program(train, "--model", "mar-tiny", "--out_dir", tmp_path, "--steps", 2,
+                              *FAST)
+    assert code == 0 and "has its 2 steps" in text, err
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("name", TINY)
 def test_every_parameter_has_one_optimiser_and_moves(optimizer, name):

@@ -293,7 +293,8 @@ def resume(path, model, ema, optimizers, dataset, args):
                 "latents": [(data["vae"] or {}).get("fingerprint"),
                             f"scale {(data['vae'] or {}).get('scale') or 1:.5g}"]}
 
-    old = decisive(state["args"], state["config"], state["data"])
+    young = {f.name: f.default for f in fields(Config)}              # fields that it may not have
+    old = decisive(state["args"], young | state["config"], state["data"])
     new = decisive(settings_of(args), asdict(model.cfg), dataset.facts)
     changed = [f"{k} {str(old.get(k))[:60]} -> {str(v)[:60]}" for k, v in new.items()
                if old.get(k) != v]
