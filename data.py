@@ -121,16 +121,6 @@ def load_digits(data_dir, size, tune=False):
     return *(ImageArray(images[split == s], labels[split == s]) for s in (0, 1)), range(10)
 
 
-def heldout_mask(labels, share):
-    """Which images (n,) bool are held out: `share` of each class, spread evenly over its images."""
-    labels, every = np.asarray(labels), round(1 / share)
-    classes = [np.flatnonzero(labels == y) for y in np.unique(labels)]
-    held = np.concatenate([at[every - 1::every] for at in classes])
-    if not len(held):                                   # small classes: the last of each
-        held = [at[-1] for at in classes]
-    return np.isin(np.arange(len(labels)), held)
-
-
 # ---------------------------------------------------------------- a data set by name
 
 class Set(NamedTuple):
@@ -149,13 +139,17 @@ def outer(name, **options):
 
 
 SHAPES = dict(diffusion_batch_mul=4)
+FILES = dict(size=None, steps=6000, eval_every=1000)           # None: the size that they have
 IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4,
                 eval_every=5000, lr_schedule="constant", warmup=62_500, ema_decay=0.9999,
                 optimizer="adamw")
 DATASETS = {
     "digits": Set(load_digits),
     "shapes": Set(outer("load_shapes"), SHAPES),
-    "mnist": Set(outer("load_mnist"), dict(size=28, steps=6000, eval_every=1000), True),
+    "mnist": Set(outer("load_mnist"), FILES, True),
+    "cifar10": Set(outer("load_cifar"), FILES, True),
+    "cifar100": Set(outer("load_cifar", classes=100), FILES, True),
+    "arrays": Set(outer("load_arrays"), FILES, True),
     # as digits and shapes, without their held-out images: where defaults are chosen
     "digits-tune": Set(partial(load_digits, tune=True)),
     "shapes-tune": Set(outer("load_shapes", tune=True), SHAPES),
@@ -220,19 +214,37 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
         return latents.load(name, data_dir, size or which.defaults.get("size", 256), patch or 1,
                             max_bad, vae, cache_dir, device, plan, scale)
     size, patch = size or which.defaults.get("size", 16), patch or 4
-    if size % patch:
-        raise ValueError(f"--size {size} must be a multiple of --patch {patch}")
+    check_patch(size or patch, patch)
     if which.needs_dir and data_dir is None:
-        raise ValueError(f"--dataset {name} needs --data_dir, the folder that holds it")
+        raise ValueError(f"--dataset {name} needs --data_dir, the folder or file that holds it")
     options = {"max_bad": max_bad} if which.photos else {}
     train, heldout, names = which.load(data_dir, size, **options)
-    names, labels = [str(n) for n in names], torch.cat([train.labels, heldout.labels])
-    if not 0 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}; expected 0 to "
-                         f"{len(names) - 1}, its {len(names)} classes")
-    channels = train.batch([0])[0].shape[1]
+    names = [str(n) for n in names]
+    check_classes(data_dir or name, train, heldout, names)
+    channels, size = train.batch([0])[0].shape[1:3]
+    check_patch(size, patch)
     return Data(name, train, heldout, names, size, channels, patch, size // patch,
                 data_dir=data_dir)
+
+
+def check_patch(size, patch):
+    if size % patch:
+        fit = ", ".join(str(p) for p in range(1, size) if size % p == 0)
+        raise ValueError(f"a side of {size} pixels must be a multiple of --patch {patch}; those "
+                         f"that fit: {fit}")
+
+
+def check_classes(where, train, heldout, names):
+    """ValueError unless all labels are those of a class, and each class can be trained."""
+    labels = torch.cat([train.labels, heldout.labels])
+    if not 0 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(f"{where} has labels from {labels.min()} to {labels.max()}; expected 0 to "
+                         f"{len(names) - 1}, its {len(names)} classes")
+    lacking = [n for n, k in zip(names, train.labels.bincount(minlength=len(names))) if k == 0]
+    if lacking or not len(heldout):
+        what = f"class {lacking[0]!r} of {where} has no training image" if lacking else (
+            f"{where} has no held-out image")
+        raise ValueError(f"{what}: at least 2 readable images of each class are needed")
 
 
 def decoder(facts, vae=None, device="cpu"):

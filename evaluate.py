@@ -32,7 +32,7 @@ from tqdm import tqdm
 import data
 import sample
 from data import patchify, to_uint8
-from files import Parser, number, read_npz, run, write, write_json
+from files import Parser, checked_images, number, read_npz, run, write, write_json
 from model import pick_device
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
@@ -376,15 +376,8 @@ class Judge:
 
 def read_images(z, path):
     """arr_0 and arr_1 as ADM writes them: images uint8 (n, H, W, C), labels (n,) or None."""
-    x, y = z.get("arr_0"), z.get("arr_1")
-    good = x is not None and x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size
-    if good and y is not None:
-        good = y.shape == (len(x),) and y.dtype.kind in "iu" and y.min() >= 0
-    if not good:
-        found = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items())
-        raise ValueError(f"{path} holds {found}; expected arr_0, images uint8 (N, H, W, 1 or 3), "
-                         "and, if there are labels, arr_1, N class numbers from 0 up")
-    return torch.from_numpy(x), None if y is None else torch.from_numpy(y.astype(np.int64))
+    x, y = checked_images(z, path, "arr_0", "arr_1")
+    return torch.from_numpy(x), None if y is None else torch.from_numpy(y)
 
 
 def read_real(path):

@@ -1,8 +1,8 @@
 """Files and flags: what users give to the programs, and what the programs leave behind.
 
 Nothing of the method is here. Files are written whole or not at all, read safely, and what is wrong
-with one is a line that names it. A flag that would change nothing is an error. `run` turns bad input
-into one line and exit code 2.
+with one is a line that names it. A flag that would change nothing is an error. `run` turns bad
+input into one line and exit code 2.
 """
 import argparse
 import difflib
@@ -46,13 +46,81 @@ def write_json(path, value):
 
 
 def read_npz(path):
-    """The arrays of an npz file as a dict."""
+    """The arrays of an npz file as a dict; ValueError if it is another kind of file, or damaged."""
+    def refuse(why):
+        raise ValueError(f"{path} is not a readable npz: {why}; expected a file as numpy.savez("
+                         "FILE, NAME=ARRAY, ...) writes it") from None
+
+    if not os.path.isfile(path):
+        refuse("there is no such file")
+    with open(path, "rb") as f:
+        start = f.read(6)
+    if start[:2] != b"PK":
+        refuse("it is a .npy of one array" if start == b"\x93NUMPY" else f"it starts with {start}")
+    arrays, name = {}, "its list of arrays"
     try:
         with np.load(path, allow_pickle=False) as z:
-            return dict(z)
-    except Exception as e:                              # missing, truncated, foreign, pickled
-        why = " ".join(str(e).split())[:150]
-        raise ValueError(f"{path} is not a readable npz: {why}") from None
+            for name in z:
+                arrays[name] = z[name]
+    except Exception as e:                              # zip, zlib, struct, header, pickled
+        refuse(f"{name} " + ("holds Python objects, which may run code" if "allow_pickle" in str(e)
+                             else "is cut off or damaged"))
+    if not all(isinstance(a, np.ndarray) for a in arrays.values()):
+        refuse("it is a zip of other things than arrays")
+    return arrays
+
+
+def checked_images(z, path, images, labels):
+    """Of the arrays z of a file: the images z[images], uint8 (n, H, W, 1 or 3), and their labels
+    z[labels], whole numbers (n,) from 0 up, as int64, or None if there are none."""
+    x, y = z.get(images), z.get(labels)
+    good = x is not None and x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size
+    if good and y is not None:
+        good = y.shape == (len(x),) and y.dtype.kind in "iu" and y.min() >= 0
+    if not good:
+        found = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items()) or "nothing"
+        raise ValueError(f"{path} holds {found}; expected {images}, images uint8 (N, H, W, 1 or "
+                         f"3), and, if there are labels, {labels}, N class numbers from 0 up"
+                         + ("" if x is None else how_to_uint8(x, images)))
+    if x.max() <= 1:
+        print(f"warning: no value of {images} in {path} is above 1, where 255 is white: are these "
+              "images of 0 and 1, to be multiplied by 255?", file=sys.stderr)
+    return x, None if y is None else y.astype(np.int64)
+
+
+def how_to_uint8(x, name):
+    """What has to be done to the array x of images, by the range of its values and its shape."""
+    todo, kind = "", x.dtype.kind
+    if x.dtype != np.uint8 and (kind not in "iufb" or not x.size or not np.isfinite(x).all()):
+        return f"; {name} is not of finite numbers"
+    if x.dtype != np.uint8:
+        low, high = float(x.min()), float(x.max())
+        ways = {(0, 1): f"({name} * 255).round()", (-1, 1): f"(({name} + 1) * 127.5).round()",
+                (0, 255): f"{name}" if kind in "iu" else f"{name}.round()",
+                **({(0, 65535): f"({name} / 257).round()"} if kind in "iu" else {})}
+        fits = [way for (a, b), way in ways.items() if a <= low and high <= b]
+        todo += f"; {name} has values from {low:g} to {high:g}" + (
+            f": {fits[0]}.astype('uint8')" if fits else ", which no rule turns into 0 to 255")
+    if x.ndim == 3:
+        todo += f"; a channel is missing: {name}[..., None]"
+    elif x.ndim == 4 and x.shape[3] not in (1, 3) and x.shape[1] in (1, 3):
+        todo += f"; channels come last: {name}.transpose(0, 2, 3, 1)"
+    return todo
+
+
+def walk(folder, seen=None):
+    """The files under a folder, and its hidden entries as they are, in order. Links are followed,
+    each folder once, so that a loop ends."""
+    seen = set() if seen is None else seen
+    if os.path.realpath(folder) not in seen:
+        seen.add(os.path.realpath(folder))
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            deeper = entry.is_dir(follow_symlinks=False) or (
+                entry.is_symlink() and os.path.isdir(entry))
+            if deeper and not entry.name.startswith("."):
+                yield from walk(entry.path, seen)
+            else:
+                yield Path(entry)
 
 
 def sha256(parts):
@@ -64,9 +132,11 @@ def sha256(parts):
 
 
 def digest_of(root, what):
-    """A short hash of a file, or of all files of a folder: their paths, sizes and times."""
+    """A short hash of a file, of all files of a folder, or of those whose path begins so: their
+    paths, sizes and times."""
     root = Path(root).resolve()
-    files = [f for f in (root, *sorted(root.rglob("*"))) if f.is_file()]
+    files = walk(root) if root.is_dir() else sorted(root.parent.glob(f"{root.name}*"))
+    files = [root] if root.is_file() else [f for f in files if f.is_file() and f.name[0] != "."]
     if not files:
         raise ValueError(f"{what} are no longer at {root}; say where with --data_dir")
     return sha256(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode() for f in files)

@@ -87,11 +87,8 @@ def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan, sca
         train.scale = heldout.scale = measured["scale"] = scale
         for key in ("std", "x0_bound"):
             measured[key] = measured[key] and measured[key] * ratio
-    if not len(train) or not len(heldout):
-        raise ValueError(f"{len(train)} training and {len(heldout)} held-out images: at least one "
-                         "of each is needed")
     if not plan:
-        check_classes(train, names, data_dir or root)
+        data.check_classes(data_dir or root, train, heldout, names)
 
     if net:
         net.scale = measured["scale"] or net.scale
@@ -124,15 +121,8 @@ def load_images(name, data_dir, size, max_bad, net, fingerprint, root, plan):
     if data_dir and is_mar_cache(data_dir):
         return load_mar_cache(data_dir, scale, (net.channels, size // net.stride))
     made_for = {"vae": fingerprint, "crop": CROP, "size": size}
+    made_for |= {"read": "upright, on white"} if name == "folder" else {}
     return load_cache(root, made_for, name, data_dir, scale, net, max_bad)
-
-
-def check_classes(train, names, where):
-    """ValueError for the first class without a training image."""
-    count = train.labels.bincount(minlength=len(names))
-    if not count.all():
-        raise ValueError(f"class {names[int(count.argmin())]!r} of {where} has no training image: "
-                         "each needs at least 2 images, one to train on, one to hold out")
 
 
 def open_vae(facts, path=None, device="cpu"):
@@ -221,7 +211,7 @@ def load_cache(root, made_for, name, data_dir, scale, net, max_bad):
                              "expected a folder with one folder per class, or a cache")
         files, names = found or images_of(name, images)
         made_for = {**made_for, "files": files_digest(files, images)}
-        read = lambda path: sets.read_image(path, made_for["size"])
+        read = lambda path: sets.read_image(path, made_for["size"], published=name != "folder")
         build(root, files, names, read, net, made_for, scale, max_bad)
     return read_cache(root, made_for)
 
@@ -306,8 +296,8 @@ def read_ahead(files, read, batch=32):
     def attempt(path):
         try:
             return read(path)
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"{path}: {error}"
+        except (OSError, ValueError) as error:
+            return str(error)
 
     world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with ThreadPoolExecutor(max(1, min(16, (os.cpu_count() or 1) // world))) as pool:

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
 import sets
 from data import DATASETS, patchify
@@ -263,7 +262,8 @@ class MAR(Generator):
 
 
 def read_inpaint(args, model, facts, device):
-    """Options of MAR.generate that fill the white part of --mask in the image --inpaint.
+    """Options of MAR.generate that fill the white part of --mask in the image --inpaint; what is
+    black or transparent is kept.
 
     facts: the checkpoint's data facts. A token that the mask touches is filled whole.
     """
@@ -280,17 +280,21 @@ def read_inpaint(args, model, facts, device):
         raise ValueError("--inpaint cannot be refined, since targets belong to whole chains; use "
                          "--refine none")
 
-    def read(path, mode):                                                   # (1, ch, size, size)
-        with Image.open(path) as image:
-            pixels = np.array(sets.centre_crop(image.convert(mode), size))
+    image, mask = sets.open_image(args.inpaint), sets.open_image(args.mask, paper=0)
+    if image.size != mask.size:
+        raise ValueError(f"--mask {args.mask} has {mask.width}x{mask.height} pixels, --inpaint "
+                         f"{args.inpaint} {image.width}x{image.height}: make both the same size")
+
+    def crop(image, mode):                                                  # (1, ch, size, size)
+        pixels = np.array(sets.centre_crop(image, size).convert(mode))
         return torch.from_numpy(pixels).reshape(1, size, size, -1).permute(0, 3, 1, 2)
 
-    x = (read(args.inpaint, "L" if facts["channels"] == 1 else "RGB") / 127.5 - 1).to(device)
+    x = (crop(image, "L" if facts["channels"] == 1 else "RGB") / 127.5 - 1).to(device)
     if facts["vae"]:
         import latents
         vae = latents.open_vae(facts, args.vae, device)
         x = vae.encode(x, torch.Generator().manual_seed(args.seed))
-    white = patchify(read(args.mask, "L"), size // model.cfg.grid) > 127    # (1, N, pixels)
+    white = patchify(crop(mask, "L"), size // model.cfg.grid) > 127         # (1, N, pixels)
     fill = white.any(-1)[0].to(device)
     if not fill.any():
         raise ValueError(f"--mask {args.mask} has no white pixel: nothing to fill")

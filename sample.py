@@ -13,7 +13,6 @@ maps are kept in the folder refine/ of the run.
 """
 import functools
 import os
-import re
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -340,7 +339,7 @@ def parse_args(argv=None):
     add("--cfg_schedule", choices=("constant", "linear"),
         help="guidance along the chain (default: mar linear, else constant)")
     add("--inpaint", metavar="IMAGE", help="mar: an image to be filled in, with --mask")
-    add("--mask", metavar="IMAGE", help="white where --inpaint is to be filled")
+    add("--mask", metavar="IMAGE", help="white where --inpaint, of the same size, is to be filled")
 
     add = p.add_argument_group("refinement (Algorithm 1)").add_argument
     add("--refine", choices=METHODS, default="none", help="what moves the conditions")
@@ -384,10 +383,11 @@ def setup(args):
         found = datasets.load(facts["dataset"], data_dir() or facts.get("data_dir"), facts["size"],
                               facts["patch"], vae=args.vae, cache_dir=facts.get("cache_dir"),
                               device=device, scale=(facts.get("vae") or {}).get("scale"))
-        names = found.class_names
-        if names != facts["class_names"]:
-            raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...), not those "
-                             "that the model was trained on; give the right --data_dir")
+        names, channels = found.class_names, found.channels
+        if (names, channels) != (facts["class_names"], facts["channels"]):
+            raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...) and "
+                             f"{channels} channels, not those that the model was trained on; give "
+                             "the right --data_dir")
         return found
 
     real = lambda k, m: tokens_of(dataset())(k, m)
@@ -430,24 +430,11 @@ def sampling_flags(args, model):
 
 
 def find_class(word, names):
-    """The class number of a name, number, ImageNet id or part of a name; the first rule that finds
-    any must find one only."""
-    if re.fullmatch("n[0-9]{8}", word):
-        import sets
-        word = dict(sets.imagenet_classes()).get(word, word)
-    low = word.lower()
-    rules = (lambda k, name: name == word, lambda k, name: str(k) == word,
-             lambda k, name: low in name.lower().split(", "), lambda k, name: low in name.lower())
-    for rule in rules:
-        found = [k for k, name in enumerate(names) if rule(k, name)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            which = "; ".join(f"{k} {names[k]}" for k in found[:12])
-            raise ValueError(f"--classes {word!r} may be any of {which} ({len(found)} classes): "
-                             "give the number")
-    raise ValueError(f"--classes {word}: this checkpoint knows {', '.join(names[:20])} "
-                     f"({len(names)} classes)")
+    """The class number of a name, or of what sets.find_class takes for one."""
+    if names.count(word) == 1:
+        return names.index(word)
+    import sets
+    return sets.find_class(word, names)
 
 
 def output(args, job):

@@ -349,18 +349,28 @@ def test_published_statistics_alone_give_the_same_frechet_distance_as_the_images
     assert r["n_ref"] is None and "precision" not in r["values"] and r["floor"] == {}
 
 
-IMAGES = np.zeros((20, 8, 8, 1), np.uint8)
+IMAGES = np.full((20, 8, 8, 1), 7, np.uint8)
 LABELS = np.arange(20) % 2
 WANTED = "expected arr_0, images uint8"
+FLAT = np.linspace(0, 1, 20 * 64).reshape(IMAGES.shape)
 BAD_SAMPLES = {
+    "values from 0 to 1: (arr_0 * 255).round().astype('uint8')": dict(arr_0=FLAT),
+    "values from -1 to 1: ((arr_0 + 1) * 127.5).round()": dict(arr_0=FLAT * 2 - 1),
+    "values from 0 to 255: arr_0.round().astype('uint8')": dict(arr_0=FLAT * 255),
+    "values from 7 to 7: arr_0.astype('uint8')": dict(arr_0=IMAGES.astype(int)),
+    "values from 0 to 65535: (arr_0 / 257).round()": dict(arr_0=(FLAT * 65535).astype(np.uint16)),
+    "values from 0 to 900, which no rule": dict(arr_0=FLAT * 900),
+    "arr_0 is not of finite numbers": dict(arr_0=FLAT * np.nan),
+    "channels come last: arr_0.transpose(0, 2, 3, 1)": dict(arr_0=np.zeros((20, 3, 8, 8), "u1")),
+    "a channel is missing: arr_0[..., None]": dict(arr_0=IMAGES[..., 0]),
     f"arr_0 float32 (20, 8, 8, 1); {WANTED}": dict(arr_0=IMAGES.astype(np.float32)),
     f"arr_0 uint8 (20, 3, 8, 8); {WANTED}": dict(arr_0=np.zeros((20, 3, 8, 8), np.uint8)),
     f"arr_0 uint8 (20, 8, 8); {WANTED}": dict(arr_0=IMAGES[..., 0]),
     f"images uint8 (20, 8, 8, 1); {WANTED}": dict(images=IMAGES),
     f"arr_1 int64 (19,); {WANTED}": dict(arr_0=IMAGES, arr_1=np.zeros(19, int)),
     "3 images; at least 10": dict(arr_0=IMAGES[:3]),
-    "make both the same size": dict(arr_0=np.zeros((20, 9, 9, 1), np.uint8)),
-    "not a readable npz": dict(arr_0=np.array([None, 1], object)),
+    "make both the same size": dict(arr_0=np.full((20, 9, 9, 1), 7, np.uint8)),
+    "not a readable npz: arr_0 holds Python objects": dict(arr_0=np.array([None, 1], object)),
 }
 BAD_REFS = {
     "shapes [(64,)]; expected (F,) and (F, F)": dict(mu=np.zeros(64)),
@@ -373,7 +383,7 @@ BAD_FLAGS = {
     "did you mean --samples?": ["--sampels", "x.npz"],
     "invalid choice: 'vgg'": ["--features", "vgg"],
     "--n: 5 is out of range": ["--n", "5"],
-    "nowhere.npz is not a readable npz: [Errno 2]": ["--ref", "nowhere.npz"],
+    "nowhere.npz is not a readable npz: there is no such file": ["--ref", "nowhere.npz"],
     "py is not a readable npz": ["--ref", __file__],
     "--json nowhere/o.json: expected a file in a folder": ["--json", "nowhere/o.json"],
     "learns from training images": ["--features", "classifier"],
@@ -400,6 +410,28 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(tmp_path, capsys, what, mes
     code, out, err = cli(capsys, *argv, *features, *flags)
     assert code == 2 and message in err and err.count("\n") == 1, err
     assert out == ""
+
+
+@pytest.mark.parametrize("fill, words", [
+    (lambda f: np.save(f, IMAGES), "it is a .npy of one array"),
+    (lambda f: torch.save({"a": torch.ones(3)}, f), "zip of other things than arrays"),
+    (lambda f: f.write(b"\x89PNG and so on"), "starts with b'\\x89PNG a'"),
+    (lambda f: (np.savez(f, arr_0=IMAGES), f.truncate(300)), "is cut off or damaged"),
+    (lambda f: f.truncate(0), "starts with b''")])
+def test_a_file_that_is_no_npz_is_told_in_our_words(fill, words, tmp_path, capsys):
+    with open(tmp_path / "s.npz", "w+b") as f:
+        fill(f)
+    code, _, err = cli(capsys, "--samples", tmp_path / "s.npz", "--ref", tmp_path / "s.npz")
+    assert code == 2 and words in err and "expected a file as numpy.savez(" in err, err
+    assert err.count("\n") == 1
+
+
+def test_images_of_0_and_1_are_measured_with_a_warning(tmp_path, capsys):
+    ones = np.random.default_rng(0).integers(0, 2, (2, 20, 8, 8, 1), dtype=np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=ones[0]), np.savez(tmp_path / "r.npz", arr_0=ones[1] * 255)
+    code, _, err = cli(capsys, "--samples", tmp_path / "s.npz", "--ref", tmp_path / "r.npz",
+                       "--features", "pixels")
+    assert code == 0 and err.count("no value of arr_0 in") == 1 and "s.npz is above 1" in err
 
 
 @pytest.mark.parametrize("changed, words", [

@@ -345,6 +345,30 @@ def test_unreadable_images_are_left_out_of_the_cache_by_name(
     assert d.train.labels.tolist() == [0] * 8 + [1] * 9, "labels stay with their images"
 
 
+def test_a_class_whose_only_training_image_cannot_be_read_is_an_error_as_with_pixels(
+        tmp_path, vae_files):
+    root = make_folder(tmp_path / "f", 2)
+    (root / "dog" / "0.png").write_bytes(b"\x89PNG not really")
+    for vae, patch in ((vae_files[0], 1), (None, 4)):
+        refused(lambda: data.load("folder", root, 8, patch, 0.5, vae, tmp_path / "c"),
+                "class 'dog'", "has no training image: at least 2 readable images")
+
+
+def test_photos_are_encoded_as_they_are_seen_and_imagenet_as_published(tmp_path, vae_files):
+    exif, root = Image.Exif(), tmp_path / "f" / "n01440764"
+    exif[274] = 6
+    root.mkdir(parents=True)
+    image = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)
+    for k in range(2):
+        Image.fromarray(image).save(root / f"{k}.png", exif=exif)
+    net = load_kl16(vae_files[0])
+    for name, seen in (("folder", np.rot90(image, -1)), ("imagenet256", image)):
+        load(tmp_path / "f", vae_files[0], tmp_path / name, name)
+        wanted = net.moments(torch.tensor(seen.copy()).permute(2, 0, 1)[None] / 127.5 - 1)
+        got = np.load(tmp_path / name / "00000.npy")[0, 0]
+        assert relative(torch.tensor(got).float(), wanted[0]) < 1e-3, "float16"
+
+
 def test_imagenet_uses_its_val_folder_or_holds_out_one_in_a_hundred_and_has_readable_names(
         tmp_path, vae_files):
     names, root = ("n01440764", "n02099601"), tmp_path / "in"
@@ -509,8 +533,8 @@ def test_samples_are_decoded_by_the_vae_of_the_training_and_by_no_other(
 def test_inpainting_and_refinement_work_on_latents(
         latent_run, vae_files, tmp_path, monkeypatch, capsys):
     run, folder, cache = latent_run
-    mask = np.zeros((SIDE, SIDE), np.uint8)
-    mask[:, :4] = 255
+    mask = np.zeros((12, 19), np.uint8)                 # as large as the image
+    mask[:, :9] = 255
     Image.fromarray(mask).save(tmp_path / "m.png")
     base = ["--ckpt", run, "--vae", vae_files[0], "--n", 4, "--steps", 2, "--overwrite"]
     coupled = ["--refine", "default", "--coupled", "--m", 30, "--n", 40, "--data_dir"]

@@ -876,6 +876,18 @@ def test_inpainting_from_files(draw, tmp_path):
     assert (out[:, :8] == image[:8]).all() and (out[:, 8:] != image[8:]).any((1, 2)).all()
     assert "needs --mask" in draw("mar-tiny", *args, ok=False)
     assert "no white pixel" in draw("mar-tiny", *args, "--mask", tmp_path / "black.png", ok=False)
+    clear = np.stack([np.full((16, 16), 255), mask], -1).astype(np.uint8)   # white, above clear
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    same = draw("mar-tiny", *args, "--mask", tmp_path / "clear.png")[0][..., 0]
+    assert (same == out).all(), "transparent means keep"
+    Image.fromarray(np.pad(mask, 8)).save(tmp_path / "large.png")
+    assert "has 32x32 pixels, --inpaint" in draw(
+        "mar-tiny", *args, "--mask", tmp_path / "large.png", ok=False)
+    for flag in ("--mask", "--inpaint"):                    # the later flag holds
+        assert "none.png cannot be read as an image" in draw(
+            "mar-tiny", *whole, flag, tmp_path / "none.png", ok=False)
+    Image.fromarray(image.astype(np.uint16) * 257).save(tmp_path / "x.png")
+    assert (draw("mar-tiny", *whole)[0][..., 0] == out).all(), "16 bits"
     assert "cannot be refined" in draw("mar-tiny", *whole, "--refine", "default", ok=False)
     assert "needs a mar model" in draw("cdm-tiny", *whole, ok=False)
 

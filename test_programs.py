@@ -318,6 +318,12 @@ def test_classes_and_pictures_are_as_asked_for(own_run):
     assert [sample.find_class(w, names) for w in words] == [0, 0, 1, 1, 2, 3]
     with pytest.raises(ValueError, match="may be any of 1 tiger, Panthera tigris; 2 tiger shark"):
         sample.find_class("tig", names)
+    numbers = ["1", "10", "2", "3"]                            # as folders are sorted
+    assert [sample.find_class(w, numbers) for w in ("1", "2", "10")] == [0, 2, 1]
+    with pytest.raises(ValueError, match="--classes 0: this checkpoint knows 1, 10, 2, 3"):
+        sample.find_class("0", numbers)
+    one, two = "caf\u00e9", "cafe\u0301"                       # an e with its accent, or two signs
+    assert sample.find_class(one, ["tea", two]) == sample.find_class(two, ["tea", one]) == 1
     done(sample, "--ckpt", own_run, *DRAW, "--classes", 3, 7, "--n", 5, "--out", own_run / "a.npz")
     assert read(own_run / "a.npz")[1] == [3, 7, 3, 7, 3]
     done(sample, "--ckpt", own_run / "ckpt.pt", *DRAW, "--classes", 3, 7, "--n", 6)
@@ -635,17 +641,16 @@ def test_every_command_of_the_text_is_understood():
 
 # ================================================================ copies, whole and changed
 
-ARRAYS = '''
-def load_arrays(data_dir, size):
-    with np.load(data_dir) as z:
-        images, labels = z["images"], z["labels"]              # uint8 (n, H, W, ch), (n,)
-    if images.shape[1:3] != (size, size):
-        raise ValueError(f"{data_dir} holds images {images.shape}; give their --size")
-    held = heldout_mask(labels, 0.1)
-    return *(ImageArray(images[p], labels[p]) for p in (~held, held)), range(labels.max() + 1)
+TABLE = '''
+def load_csv(data_dir, size):
+    z = np.loadtxt(data_dir, np.uint8, delimiter=",", skiprows=1)    # label, pixel0, pixel1 ...
+    if z.shape[1] != 1 + size ** 2:
+        raise ValueError(f"{data_dir} holds {z.shape[1] - 1} pixels an image; give their --size")
+    images, held = z[:, 1:].reshape(-1, size, size, 1), np.arange(len(z)) % 10 == 9
+    return *(ImageArray(images[p], z[p, 0]) for p in (~held, held)), range(10)
 
 
-DATASETS["arrays"] = Set(load_arrays, {}, True)
+DATASETS["csv"] = Set(load_csv, {"size": 28}, True)
 
 
 '''
@@ -812,16 +817,20 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
 
 
 @slack
-def test_change_a_data_set_from_a_file_of_arrays(copied, tmp_path):
-    copied.add("data.py", "@dataclass\nclass Data:", ARRAYS)
-    images = np.random.default_rng(0).integers(0, 255, (60, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", images=images, labels=np.arange(60) % 4)
-    mine = ["--dataset", "arrays", "--data_dir", tmp_path / "a.npz", "--out_dir", tmp_path / "r",
+def test_change_a_data_set_from_a_table(copied, tmp_path):
+    copied.add("data.py", "@dataclass\nclass Data:", TABLE)
+    table = np.random.default_rng(0).integers(0, 255, (60, 65))
+    table[:, 0] = np.arange(60) // 6
+    np.savetxt(tmp_path / "a.csv", table, "%d", ",", header="label,pixel0")
+    mine = ["--dataset", "csv", "--data_dir", tmp_path / "a.csv", "--out_dir", tmp_path / "r",
             *FAST, "--steps", 2]
-    refused("give their --size", copied.train, *mine)
-    done(copied.train, *mine, "--size", 8, "--patch", 4)
+    refused("64 pixels an image; give their --size", copied.train, *mine)
+    done(copied.train, *mine, "--size", 8)
     done(copied.sample, "--ckpt", tmp_path / "r", *REFINE, "default")
-    assert Image.open(tmp_path / "r" / "sample.png").mode == "RGB"
+    assert Image.open(tmp_path / "r" / "sample.png").mode == "L"
+    table[:, 0] %= 9
+    np.savetxt(tmp_path / "a.csv", table, "%d", ",", header="label,pixel0")
+    refused("class '9' of", copied.train, *mine, "--size", 8)
 
 
 @slack

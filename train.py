@@ -8,7 +8,7 @@
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that
 a resumed run equals an uninterrupted one, and 2 processes x batch 8 equal 1 x batch 16 (but for
 dropout's masks).
-It leaves in --out_dir: ckpt.pt, metrics.jsonl, loss.png, samples.png.
+It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 import copy
 import difflib
@@ -61,12 +61,14 @@ def parse_args(argv=None):
                            "same command again.")
     add = p.add_argument
     add("--dataset", choices=DATASETS, default="digits", help="what to train on")
-    add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, of idx files "
-                           "(mnist), ImageNet; latents: npz with latents (N, z, h, h), labels [, "
+    add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, ImageNet, the folder "
+                           "of mnist's or cifar's files, the npz of arrays; latents: npz with "
+                           "latents (N, z, h, h), labels [, "
                            "split, class_names], or folder with one .npy of each")
     add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder); latents: show them")
     add("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
-    add("--size", type=number(int, 4, 2048), default=16, help="pixels of a side")
+    add("--size", type=number(int, 4, 2048), default=16,
+        help="pixels of a side (mnist, cifar, arrays: those of the files)")
     add("--patch", type=number(int, 1, 64), default=4, help="pixels, or latents, of a token's side")
     add("--max_bad", type=number(float, 0, 1), default=0.01,
         help="folders of images: share of unreadable ones that is tolerated")
@@ -377,6 +379,7 @@ def main():
         import finetune
         start = finetune.Start(args)
     dataset = open_data(args, pick_device(args.device), start and start.scale)
+    args.size = dataset.size
     shape = {"token_dim": dataset.token_dim, "grid": dataset.grid,
              "num_classes": len(dataset.class_names)}
     cfg = (start.config(dataset, shape) if start else
@@ -468,7 +471,8 @@ def train(model, dataset, args, world):
     if chief and stop:
         print(f"stopped by a signal; saved {path}; to resume, run the same command again")
     elif chief:
-        plot_loss(out / "loss.png", records)
+        if records:
+            plot_loss(out / "loss.png", records)
         picture = sample_grid(out / "samples.png", ema, dataset, args)
         print(f"{path}, {picture}; more images: python sample.py --ckpt {out}")
 
