@@ -63,8 +63,8 @@ def parse_args(argv=None):
     add("--dataset", choices=DATASETS, default="digits", help="what to train on")
     add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, ImageNet, the folder "
                            "of mnist's or cifar's files, the npz of arrays; latents: npz with "
-                           "latents (N, z, h, h), labels [, "
-                           "split, class_names], or folder with one .npy of each")
+                           "latents (N, z, h, h), labels [, split, class_names], or folder with "
+                           "one .npy of each")
     add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder); latents: show them")
     add("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
     add("--size", type=number(int, 4, 2048), default=16,
