@@ -540,7 +540,7 @@ def read_arrays(path):
         raise ValueError(f"{path} has labels up to {labels.max()}, but {most} "
                          + ("latents" if called is None else "class_names"))
     called = [str(y) for y in (range(labels.max() + 1) if called is None else called)]
-    held = data.heldout_mask(labels, 0.1) if held is None else held
+    held = sets.heldout_mask(labels, 0.1) if held is None else held
     return latents, labels.astype(np.int64), held.astype(int), called
 
 
