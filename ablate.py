@@ -14,9 +14,9 @@ The rivals of optimal transport are below: maps of the same `fit` interface as t
 import csv
 import functools
 import inspect
+import io
 import json
 import math
-import os
 import time
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -30,7 +30,7 @@ import data as datasets
 import evaluate
 import ot_refine
 import sample
-from files import Parser, number, run
+from files import Parser, number, read_lines, run, write_text
 from diffloss import ImageNoise
 from evaluate import MIN_IMAGES, Judge, make_extractor, mean_std, real_images, sliced_w2, warn
 from model import GUIDANCE, KINDS
@@ -356,16 +356,10 @@ def result_key(row, origin, seed, args):
 
 def read_results(path):
     """{key: values} of the finished rows; a line that was cut off by a kill is left out."""
-    done, text = {}, path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
-        path.write_text(text + "\n")        # or the next row would be lost with the damaged line
-    for line in text.splitlines():
-        try:
-            record = json.loads(line)
-            done[record["key"]] = record["values"]
-        except (ValueError, KeyError, TypeError):
-            warn(f"{path}: a damaged line is left out; its row is measured again")
-    return done
+    records = [r for r in read_lines(path) if {"key", "values"} <= set(r)]
+    if path.exists():                       # or the next row would be lost with a damaged line
+        write_text(path, "".join(json.dumps(r) + "\n" for r in records))
+    return {r["key"]: r["values"] for r in records}
 
 
 def measure(row, job, judge, args, todo):
@@ -416,15 +410,14 @@ def write_table(path, table, floor, args):
     names = ["group", "name", "model", "x", "seeds", "n",
              *dict.fromkeys(k for _, values, _ in table for k in values)]
     short = lambda values: {k: float(f"{v:.5g}") for k, v in values.items() if k in names}
-    tmp = path.with_suffix(".tmp")
-    with open(tmp, "w", newline="") as f:
-        out = csv.DictWriter(f, names, restval="", lineterminator="\n")
-        out.writeheader()
-        out.writerow({"group": "real", "name": "training images", "n": args.n, **short(floor)})
-        for row, values, seeds in table:
-            out.writerow({"group": row.group, "name": row.name, "model": row.model, "x": row.x,
-                          "seeds": seeds, "n": args.n, **short(values)})
-    os.replace(tmp, path)
+    text = io.StringIO()
+    out = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    out.writeheader()
+    out.writerow({"group": "real", "name": "training images", "n": args.n, **short(floor)})
+    for row, values, seeds in table:
+        out.writerow({"group": row.group, "name": row.name, "model": row.model, "x": row.x,
+                      "seeds": seeds, "n": args.n, **short(values)})
+    write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------- figures, each fits a screen

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from files import digest_of
+from files import digest_of, read_npz
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -110,8 +110,8 @@ class ImageArray:
 def load_digits(data_dir, size, tune=False):
     if size not in (16, 32):
         raise ValueError(f"--size {size}: the digits come in 16 or 32 pixels")
-    with np.load(ASSETS / "digits.npz") as z:
-        bits, labels, split = np.unpackbits(z["bitmaps"], axis=-1), z["labels"], z["split"]
+    z = read_npz(ASSETS / "digits.npz", "bitmaps", "labels", "split")
+    bits, labels, split = np.unpackbits(z["bitmaps"], axis=-1), z["labels"], z["split"]
     if size == 16:
         bits = bits.reshape(-1, 16, 2, 16, 2).mean((2, 4))
     images = np.round(255 * bits).astype(np.uint8)[..., None]
@@ -197,6 +197,13 @@ class Data:
         return self.vae.decode(images) if self.vae else images
 
 
+def known(name):
+    """The Set of a name."""
+    if name not in DATASETS:
+        raise ValueError(f"no data set {name!r} is known; data.DATASETS has {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
 def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cache_dir=None,
          device="cpu", plan=False, scale=None):
     """A Data by name. Raises ValueError for a bad size, path or file.
@@ -205,7 +212,7 @@ def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cac
     unless they are there. plan: describe only; nothing is encoded, ImageNet need not be there.
     scale: of latents, instead of what this set measures (a checkpoint's model knows but its own).
     """
-    which = DATASETS[name]
+    which = known(name)
     if which.load is None or vae:
         if which.load and not which.photos:
             raise ValueError(f"--vae is for imagenet256, imagenet512, folder and latents; {name} "

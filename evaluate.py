@@ -32,7 +32,8 @@ from tqdm import tqdm
 import data
 import sample
 from data import patchify, to_uint8
-from files import Parser, checked_images, number, read_npz, run, write, write_json
+from files import (Parser, check_output, checked_images, number, read_npz, read_weights, run,
+                   write, write_json)
 from model import pick_device
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
@@ -228,9 +229,9 @@ def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
         net = Classifier(images.shape[3], int(labels.max()) + 1)
     if path.exists():
         try:
-            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            net.load_state_dict(read_weights(path, "classifier"))
             return net.eval().requires_grad_(False)
-        except Exception as e:                          # zip, pickle, keys, shapes
+        except (ValueError, RuntimeError) as e:         # damaged, foreign
             warn(f"{path} is unreadable ({type(e).__name__}): training it again")
 
     threads = torch.get_num_threads()
@@ -380,16 +381,32 @@ def read_images(z, path):
     return torch.from_numpy(x), None if y is None else torch.from_numpy(y)
 
 
+def numbers(a, path):
+    if a.dtype.kind not in "fiu":
+        raise ValueError(f"{path} holds {a.dtype} {a.shape}, expected numbers")
+    return a.astype(float)
+
+
+def check_covariance(stats, path):
+    """ValueError unless sigma is one: symmetric, no variance negative, both within rounding."""
+    sigma = stats[1]
+    size, least = sigma.abs().max(), torch.linalg.eigvalsh(sigma)[0]
+    if (sigma - sigma.T).abs().max() > 1e-4 * size or least < -1e-4 * size:
+        raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, and its least "
+                         f"eigenvalue, {least:.3g}, not negative")
+
+
 def read_real(path):
     """The Real of --ref: images, the mean and covariance mu and sigma, or both."""
     z = read_npz(path)
-    stats = tuple(torch.from_numpy(z[k].astype(float)) for k in ("mu", "sigma") if k in z)
+    stats = tuple(torch.from_numpy(numbers(z[k], path)) for k in ("mu", "sigma") if k in z)
     if stats:
         shapes = [tuple(a.shape) for a in stats]
-        finite = all(a.isfinite().all() for a in stats)
+        finite = all(a.isfinite().all() and a.abs().max() < 1e30 for a in stats if a.numel())
         if not finite or shapes != [shapes[0][:1], shapes[0][:1] * 2]:
             raise ValueError(f"{path}: mu and sigma have shapes {shapes}; expected (F,) and "
                              "(F, F), finite")
+        check_covariance(stats, path)
     images = read_images(z, path) if "arr_0" in z or not stats else (None, None)
     return Real(*images, gaussian=stats or None)
 
@@ -473,8 +490,10 @@ def from_file(args, device):
         real = read_real(args.ref)
         args.check_used()
     else:
-        dataset = data.load(args.dataset, args.data_dir, size=images.shape[1], patch=1,
-                            vae=args.vae, device=device)
+        which = data.known(args.dataset)             # the small sets read no folder
+        data_dir = args.data_dir if which.needs_dir or which.photos else None
+        dataset = data.load(args.dataset, data_dir, size=images.shape[1], patch=1, vae=args.vae,
+                            device=device)
         args.check_used()
         real = real_images(dataset, device)
         if labels is not None and labels.max() >= len(dataset.class_names):
@@ -494,9 +513,7 @@ def main(argv=None):
                          "then measure --samples s.npz")
     if bool(args.ckpt) == bool(args.samples):
         raise ValueError("what is to be measured? give either --ckpt RUN or --samples FILE")
-    device, out = pick_device(args.device), args.json
-    if out and (not Path(out).parent.is_dir() or Path(out).is_dir()):
-        raise ValueError(f"--json {out}: expected a file in a folder that exists")
+    device, out = pick_device(args.device), args.json and check_output("--json", args.json)
     # each flag is looked at only where it has an effect, so that check_used refuses the others
     features = args.features or ("inception" if not args.ckpt and args.ref else "classifier")
     weights = args.weights if features == "inception" else None

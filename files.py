@@ -1,40 +1,71 @@
-"""Files and flags: what users give to the programs, and what the programs leave behind.
+"""Files, flags and signals: what users give to the programs, and what the programs leave behind.
 
-Nothing of the method is here. Files are written whole or not at all, read safely, and what is wrong
-with one is a line that names it. A flag that would change nothing is an error. `run` turns bad
-input into one line and exit code 2.
+Nothing of the method is here. Every file is written by `write`, whole or not at all, and read by
+the reader of its kind (read_torch, read_npz, read_npy, read_json, read_lines, read_safetensors),
+which names a file that is damaged or foreign in one line (ValueError). A flag that would change
+nothing is an error. `run` turns bad input, a full disk, a signal into one line and an exit code.
 """
 import argparse
+import contextlib
 import difflib
 import fcntl
 import hashlib
+import io
 import json
+import math
 import os
-import pickle
 import platform
+import re
 import shutil
+import signal
 import sys
 import time
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- writing
 
 def write(path, fill):
-    """fill(file) beside `path`, then rename: `path` is always whole, the old file or the new."""
-    tmp = Path(f"{path}.{os.getpid()}.tmp")
+    """fill(file) beside `path`, then rename: `path` is whole at any time, the old file or the new.
+
+    A symbolic link keeps its place. ValueError where nothing can be written or the disk is full;
+    nothing is left of the attempt, and the old file stays.
+    """
+    name, tmp = path, None
     try:
+        path = Path(path).resolve()
+        sweep(path)
+        tmp = Path(f"{path}.{platform.node()}-{os.getpid()}.tmp")
         with open(tmp, "wb") as f:
             fill(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer hides the disk's error behind a RuntimeError of its own
+        reason = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(reason, OSError):
+            raise
+        raise ValueError(f"{name} cannot be written ({reason.strerror or reason}); what it held "
+                         "before is untouched") from None
     finally:
-        tmp.unlink(missing_ok=True)                                          # where it failed
+        if tmp:
+            tmp.unlink(missing_ok=True)                                      # where it failed
+
+
+def sweep(path, alone=False):
+    """Remove what killed writers of `path` have left beside it: those of this machine that live no
+    more; alone: all, where nobody else may write it."""
+    for old in path.parent.glob(f"{re.sub('[][*?]', '?', path.name)}.*-*.tmp"):
+        host, _, pid = old.name[len(path.name) + 1:-4].rpartition("-")
+        if alone or host == platform.node() and not Path(f"/proc/{pid}").exists():
+            old.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -45,8 +76,123 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
 
 
-def read_npz(path):
-    """The arrays of an npz file as a dict; ValueError if it is another kind of file, or damaged."""
+def check_output(flag, path, suffixes=(), overwrite=True):
+    """The Path of a file that is to be written at the end; ValueError now if it cannot be."""
+    path = Path(path)
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{flag} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder; expected a file in it")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists; choose another {flag} or add --overwrite")
+    beside = Path(f"{path.resolve()}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(b"can it be written to?")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: expected a file in a folder that can be written to "
+                         f"({error.strerror})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+    return path
+
+
+# ---------------------------------------------------------------- reading
+
+@contextlib.contextmanager
+def reading(path, what):
+    """Whatever goes wrong inside is a ValueError in one line: which file, what was expected."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{path}, expected to be a {what}, cannot be read: "
+                         f"{error.strerror or error}") from None
+    except Exception as error:              # zip, pickle, JSON, numpy, torch: no common class
+        # torch's own advice is to load the file unsafely
+        why = " ".join(str(error).split()).split("WeightsUnpickler error: ")[-1].split(". ")[0]
+        why = why[:200] or type(error).__name__
+        raise ValueError(f"{path} ({os.path.getsize(path):,} bytes) is no readable {what}; it may "
+                         f"be truncated or damaged: {why}") from None
+
+
+def open_zip(path):
+    """A ZipFile that lists as many parts as its last bytes say: zipfile does not look."""
+    z = zipfile.ZipFile(path)
+    with open(path, "rb") as f:
+        f.seek(-22, os.SEEK_END)
+        listed = int.from_bytes(f.read()[10:12], "little")
+        if not listed or listed not in (len(z.namelist()), 0xFFFF):
+            raise ValueError("its list of parts is damaged")
+    return z
+
+
+def read_torch(path, what="checkpoint", device="cpu"):
+    """What torch.save wrote: plain values and finite, dense tensors; nothing in it is executed.
+
+    A flipped bit is found: torch writes a CRC-32 of each part, and never looks at it. That takes
+    0.6 s a GB, and the numbers 0.2 s.
+    """
+    with reading(path, what):
+        with open(path, "rb") as f:
+            zipped = f.read(4) == b"PK\x03\x04" or zipfile.is_zipfile(path)      # else: before 1.6
+        if zipped:
+            with open_zip(path) as z:
+                if any(part.compress_type for part in z.infolist()):
+                    raise ValueError("its parts are compressed")                 # not by torch
+                damaged = z.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of {damaged} does not fit")
+        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's flags are one
+            state = torch.load(path, map_location=device, weights_only=True, mmap=zipped)
+        for name, z in named_tensors(state):
+            plain = z.layout == torch.strided and not z.is_meta and not z.is_quantized
+            if not plain or z.numel() * z.element_size() > z.untyped_storage().nbytes():
+                raise ValueError(f"'{name}' {tuple(z.shape)} is no plain tensor")
+            if not finite(z):
+                raise ValueError(f"'{name}' is not finite; go back to an older one")
+    return state
+
+
+def named_tensors(value, name=""):
+    """(name, tensor) of all tensors in nested dicts, lists and tuples."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        for key, v in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from named_tensors(v, f"{name}.{key}" if name else str(key))
+
+
+def finite(z):
+    """Neither NaN nor infinity in a tensor; isfinite().all() takes 40 times as long."""
+    return not (z.is_floating_point() and z.numel()) or bool(
+        torch.stack(z.detach().aminmax()).isfinite().all())
+
+
+def tensors(value):
+    return [z for _, z in named_tensors(value)]
+
+
+def read_weights(path, what):
+    """{name: tensor} of a state dict, or of one under "model"."""
+    state = read_torch(path, what)
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    return check_weights(plain_names(state), path, what)
+
+
+def check_weights(state, path, what):
+    """A state dict as it is; ValueError if it is anything else than names with tensors."""
+    if not isinstance(state, dict) or not state or not all(
+            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
+        came = f"keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path} holds {came[:200]}, expected the state dict of a {what}: names "
+                         "with tensors")
+    return state
+
+
+def read_npz(path, *expected):
+    """The arrays of an npz file as a dict, or those that are expected (zipfile looks at their
+    checksums); ValueError if it is another kind of file, or damaged."""
     def refuse(why):
         raise ValueError(f"{path} is not a readable npz: {why}; expected a file as numpy.savez("
                          "FILE, NAME=ARRAY, ...) writes it") from None
@@ -59,9 +205,12 @@ def read_npz(path):
         refuse("it is a .npy of one array" if start == b"\x93NUMPY" else f"it starts with {start}")
     arrays, name = {}, "its list of arrays"
     try:
+        open_zip(path).close()
         with np.load(path, allow_pickle=False) as z:
-            for name in z:
+            for name in expected or z:
                 arrays[name] = z[name]
+    except KeyError:
+        refuse(f"it lacks {name}")
     except Exception as e:                              # zip, zlib, struct, header, pickled
         refuse(f"{name} " + ("holds Python objects, which may run code" if "allow_pickle" in str(e)
                              else "is cut off or damaged"))
@@ -70,13 +219,81 @@ def read_npz(path):
     return arrays
 
 
+def read_npy(path):
+    """The array of an npy file, by memory map."""
+    with reading(path, "npy"):
+        return np.lib.format.open_memmap(path, mode="r")
+
+
+def read_json(path, **expected):
+    """The dict of a JSON file that has these keys, of these types."""
+    with reading(path, f"JSON with {', '.join(expected)}"):
+        value = json.loads(Path(path).read_bytes())
+        check_fields(value, expected)
+    return value
+
+
+def check_fields(value, expected):
+    """ValueError unless a dict has all fields `expected`: {name: type}, a float may be whole."""
+    if not isinstance(value, dict):
+        raise ValueError(f"a {type(value).__name__} came, expected {', '.join(expected)}")
+    missing = [str(name) for name in expected if name not in value]
+    if missing:
+        raise ValueError(f"it lacks {', '.join(missing)}")
+    for name, kind in expected.items():
+        kinds = (int, float) if kind is float else kind
+        if not isinstance(value[name], kinds) or isinstance(value[name], bool) != (kind is bool):
+            raise ValueError(f"{name} = {str(value[name])[:40]} is no {kind.__name__}")
+        if kind is float and not math.isfinite(value[name]):
+            raise ValueError(f"{name} is {value[name]}")
+
+
+def read_lines(path):
+    """The dicts of a file of JSON lines, as far as they are whole; warns of those that are not."""
+    found = []
+    for k, line in enumerate(Path(path).read_bytes().splitlines() if Path(path).exists() else ()):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
+            print(f"warning: {path}: line {k + 1} is damaged and left out", file=sys.stderr)
+    return found
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file.
+
+    Its layout: the header's length (8 bytes, little endian), a JSON header, raw data.
+    """
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+             "BF16": torch.bfloat16, "I64": torch.int64}
+    out = {}
+    with reading(path, "safetensors file"), open(path, "rb") as f:
+        size, length = os.path.getsize(path), int.from_bytes(f.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"a header of {length} bytes")
+        header = json.loads(f.read(length))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            dtype = types[entry["dtype"]]
+            needed = math.prod(shape) * dtype.itemsize
+            if not 0 <= begin <= end <= size - 8 - length or end - begin != needed:
+                raise ValueError(f"tensor '{name}' {shape} has bytes {begin} to {end} of "
+                                 f"{size - 8 - length}, expected {needed}")
+            f.seek(8 + length + begin)
+            raw = bytearray(f.read(end - begin))
+            out[name] = (torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw
+                         else torch.empty(shape, dtype=dtype))
+    return out
+
+
 def checked_images(z, path, images, labels):
     """Of the arrays z of a file: the images z[images], uint8 (n, H, W, 1 or 3), and their labels
     z[labels], whole numbers (n,) from 0 up, as int64, or None if there are none."""
     x, y = z.get(images), z.get(labels)
     good = x is not None and x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size
     if good and y is not None:
-        good = y.shape == (len(x),) and y.dtype.kind in "iu" and y.min() >= 0
+        good = y.shape == (len(x),) and y.dtype.kind in "iu" and 0 <= y.min() <= y.max() < 2 ** 31
     if not good:
         found = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items()) or "nothing"
         raise ValueError(f"{path} holds {found}; expected {images}, images uint8 (N, H, W, 1 or "
@@ -142,15 +359,13 @@ def digest_of(root, what):
     return sha256(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode() for f in files)
 
 
-def tensors(value):
-    """All tensors in nested dicts, lists and tuples."""
-    if torch.is_tensor(value):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value
-    return [z for v in inner if not isinstance(v, str) for z in tensors(v)]
+# ---------------------------------------------------------------- checkpoints, the folder of a run
 
+NAMES = ("ckpt.pt", "checkpoint-last.pth")          # of a run, of MAR's runs
+FIELDS = {"config": dict, "model": dict, "ema": dict, "data": dict, "step": int}
+FACTS = {"dataset": str, "size": int, "patch": int, "channels": int, "class_names": list}
+MAYBE = {"x0_bound": float, "data_dir": str, "cache_dir": str, "vae": dict}     # or None
 
-# ---------------------------------------------------------------- checkpoints
 
 def save_checkpoint(path, state):
     """Write plain values and tensors."""
@@ -160,8 +375,8 @@ def save_checkpoint(path, state):
 def find_checkpoint(path):
     """A checkpoint file from a file or a run directory; ValueError if there is none."""
     path = Path(path)
-    files = [path / "ckpt.pt", path / "checkpoint-last.pth"] if path.is_dir() else [path]
-    for file in files:                                                       # MAR names its own so
+    files = [path / name for name in NAMES] if path.is_dir() else [path]
+    for file in files:
         if file.exists():
             return file
     raise ValueError(f"no checkpoint at {files[0]}; train one with: python train.py --out_dir "
@@ -179,60 +394,102 @@ def plain_names(weights):
 def read_checkpoint(path):
     """The dict that train.py saved, or MAR's released weights as such a dict.
 
-    Raises ValueError if the file is truncated, foreign or not finite.
+    Raises ValueError if the file is damaged, foreign or not finite.
     """
     path = find_checkpoint(path)
     if path.suffix == ".safetensors":
         import mar
-        return mar.from_mar({"model": plain_names(mar.read_safetensors(path))}, path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):         # MAR's flags are one
-            state = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(path))
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError,
-            ValueError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is not a readable checkpoint; "
-                         f"it may be truncated: {reason}") from None
+        return mar.from_mar({"model": plain_names(read_safetensors(path))}, path)
+    state = read_torch(path)
     known = plain_names(state) if isinstance(state, dict) else {}
     known |= {k: plain_names(known[k]) for k in ("model", "ema", "model_ema") if k in known}
     inner = known.get("model") if isinstance(known.get("model"), dict) else known
     if "config" not in known and ("model_ema" in known or "z_proj.weight" in inner):
         import mar
         return mar.from_mar(known, path)
-    parts = ("config", "model", "ema", "data")
-    missing = {"step"} - set(known) | {k for k in parts if not isinstance(known.get(k), dict)}
-    if missing:
-        raise ValueError(f"{path} is not a checkpoint of train.py: it lacks "
-                         f"{', '.join(sorted(missing))}")
+    try:
+        check_fields(known, FIELDS)
+        facts = known["data"]
+        check_fields(facts, FACTS | {k: v for k, v in MAYBE.items() if facts.get(k) is not None})
+        check_fields(facts.get("vae") or {"scale": 1.0}, {"scale": float})
+    except ValueError as error:
+        raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
+    for part in ("model", "ema"):
+        check_weights(known[part], path, "generator")
     return known
 
 
-# ---------------------------------------------------------------- the folder of a run
+def check_fits(cfg, facts, n_tensors):
+    """ValueError unless a model.Config agrees with the data facts and the number of tensors that
+    stand beside it in a file."""
+    deep, names = max(cfg.n_layer, cfg.n_decoder, cfg.head_depth), facts["class_names"]
+    if deep > n_tensors or len(names) != cfg.num_classes or not all(
+            isinstance(name, str) for name in names):
+        raise ValueError(f"{deep} layers and {cfg.num_classes} classes in {n_tensors} tensors with "
+                         f"the names of {len(names)} classes")
+    size, patch = facts["size"], facts["patch"]
+    if not facts.get("vae") and (patch < 1 or size != cfg.grid * patch
+                                 or cfg.token_dim != facts["channels"] * patch ** 2):
+        raise ValueError(f"{cfg.grid} x {cfg.grid} tokens of {cfg.token_dim} for images of {size} "
+                         f"pixels in patches of {patch}")
 
-def check_space(out, need):
-    """ValueError where a checkpoint and its successor could not be saved: `need` bytes in all."""
-    out.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out).free
-    if free < need or not os.access(out, os.W_OK):
-        raise ValueError(f"--out_dir {out} has {free / 2**20:.0f} MiB free, but must be writable "
-                         f"and have {need / 2**20:.0f} MiB for a checkpoint and its successor")
+
+def save_run(path, state):
+    """Write what train.py saves, and its records as metrics.jsonl beside it."""
+    try:
+        save_checkpoint(path, state)
+    except ValueError as error:
+        good = f"that of step {read_checkpoint(path)['step']}" if path.exists() else "none yet"
+        raise ValueError(f"step {state['step']} could not be saved: {error}; the last good "
+                         f"checkpoint is {good}") from None
+    write_records(path, state["records"])
+
+
+def write_records(path, records):
+    write_text(path.with_name("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
+
+
+def plot_loss(path, records):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
+    for key, label in (("loss", "training"), ("heldout_loss", "held out, averaged weights")):
+        ax.plot([r["step"] for r in records], [r[key] for r in records], label=label, marker=".")
+    ax.set(xlabel="step", ylabel="diffusion loss", yscale="log")
+    ax.legend()
+    write(path, lambda f: fig.savefig(f, dpi=110))
+    plt.close(fig)
+
+
+def check_space(path, need):
+    """ValueError where a checkpoint at `path` and its successor could not be saved, of `need` bytes
+    each. The caller holds the lock of the folder: what killed trainers left there goes."""
+    path = path.resolve()
+    sweep(path, alone=True)
+    if not path.exists():                        # more than a resumed run will need
+        need = 2 * (1.05 * need + 2 ** 20)
+    free = shutil.disk_usage(path.parent).free
+    if free < need or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--out_dir {path.parent} has {free / 2**20:.0f} MiB free, but must be "
+                         f"writable and have {need / 2**20:.0f} MiB for a checkpoint and its "
+                         "successor")
 
 
 def lock(out):
     """An open file whose lock this process holds, so that no other trains in `out`; any death of
     the process releases it."""
     out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+")
+    file = open(out / ".lock", "a+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.seek(0)
-        raise ValueError(f"another train.py, {file.read()}, runs in {out}; stop it, or choose "
-                         "another --out_dir") from None
+        raise ValueError(f"another train.py, {file.read().decode()}, runs in {out}; stop it, or "
+                         "choose another --out_dir") from None
     file.truncate(0)
-    file.write(f"pid {os.getpid()} on {platform.node()}")
-    file.flush()
+    with contextlib.suppress(OSError):                                       # a full disk
+        file.write(f"pid {os.getpid()} on {platform.node()}".encode())
     return file
 
 
@@ -304,18 +561,88 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
-def run(main):
-    """Run a program: bad input (ValueError, OSError) is one line on stderr and exit code 2;
-    TRACEBACK=1 shows where."""
+@contextlib.contextmanager
+def on_signal(act):
+    """Signals that ask a program to end call act(name); those that it was told to ignore (nohup)
+    stay ignored."""
+    asked = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+             if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, frame: act(signal.Signals(number).name))
+              for s in asked}
     try:
-        main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def interrupt(name):
+    raise KeyboardInterrupt(name)
+
+
+def join(backend, wait):
+    """Meet the other processes that torchrun started: within two minutes, since who has not come by
+    then is dead, or in another run. Later they wait for each other for the timedelta `wait`."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    store.set_timeout(wait)                  # NCCL meets there again at its first sum
+
+
+class Stream(io.FileIO):
+    """Standard output whose reader may go away (`| head`, a closed terminal): the work goes on."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+def lasting(stream):
+    """A standard stream that no reader and no character can break."""
+    stream.flush()
+    raw = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+# words in errors that have no class of their own
+MEMORY = "allocate memory|out of memory|size calculation overflow|multiplication overflow"
+GONE = "gloo|nccl|store|socket|connect|timed out"
+
+
+def meaning(error):
+    """The line for an error that is not the program's own; None: it is a bug."""
+    line, many = " ".join(str(error).split()), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if isinstance(error, (ValueError, OSError)):
+        return line
+    if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
+        return f"out of memory: choose a smaller batch, number or size ({line[:200]})"
+    if many and re.search(GONE, f"{type(error).__name__} {line}", re.I):
+        return f"another process of this run ended, or did not answer in time ({line[:200]})"
+    return None
+
+
+def run(main):
+    """Run a program: bad input (ValueError, OSError), too little memory, another process that is
+    gone are one line on stderr and exit code 2, a signal one line and 128 + its number;
+    TRACEBACK=1 shows where."""
+    sys.stdout, sys.stderr = (lasting(s) if s and s is standard else s for s, standard in (
+        (sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)))
+    # of many processes the first speaks at once; the others, who mostly met the same, wait for
+    # torchrun to end them, and speak if nobody did
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    program = Path(sys.argv[0]).name
+    try:
+        with on_signal(interrupt):
+            main()
+    except KeyboardInterrupt as stop:
+        if rank == 0:
+            print(f"{program}: stopped by {stop}", file=sys.stderr)
+        sys.exit(128 + signal.Signals[str(stop)])
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = meaning(error)
+        if message is None or os.environ.get("TRACEBACK"):
             raise
-        # of many processes the first speaks at once; the others, who mostly met the same, wait for
-        # torchrun to end them, and speak if nobody did
-        rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
         time.sleep(5 * (rank > 0) + 5 * (local > 0))
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(2)

@@ -17,6 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from files import read_weights
+
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  + INCEPTION_FILE)
@@ -159,10 +161,10 @@ def load_inception(path):
         print(f"warning: {path} has sha256 {digest[:8]}..., the published weights "
               f"{INCEPTION_SHA256}...: the numbers are not comparable with published ones",
               file=sys.stderr)
-    net = Inception().eval().requires_grad_(False)
+    state, net = read_weights(path, INCEPTION_FILE), Inception().eval().requires_grad_(False)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True)
-    except Exception as e:              # pickle, zip, key and shape errors: all one to the user
-        why = " ".join(str(e).split())[:200]
-        raise ValueError(f"{path} is not the state dict {INCEPTION_FILE}: {why}") from e
+        net.load_state_dict(state)
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is not the state dict {INCEPTION_FILE}: {why}") from None
     return net

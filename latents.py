@@ -4,11 +4,12 @@ A cache of encoded images is a folder, read by memory map:
 
     manifest.json    what the cache was made for and from, class names, scale, shards; it is there =
                      all is there
-    index.npy        (n, 2) int32: class and split (1 = held out) of image k, in the shards' order
+    index.npy        (n, 4) int64: class, split (1 = held out) and two checksums of image k, in the
+                     shards' order
     00000.npy ...    (<= SHARD, 2, 2z, h, w) float16 moments = cat(mean, logvar) of each image and
                      of its mirror image
-    00000.json       what a shard was made for, and which of its files cannot be read; it is there =
-                     the shard is whole
+    00000.json       what a shard was made for, which of its files cannot be read, checksums; it is
+                     there = the shard is whole
 
 Every file is written beside its place and renamed, so that a killed run goes on where it was.
 Under torchrun each rank encodes its own shards of the one plan (the folder must be shared); ranks
@@ -27,10 +28,10 @@ one .npy of each (then read by memory map), or a cache in MAR's layout:
 `load` is what data.load calls for all of these, `decoder` for a checkpoint's tokens. Not here:
 which images, and their crop (sets.py).
 """
-import json
 import os
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,11 +42,13 @@ from tqdm import tqdm
 import data
 import sets
 from diffloss import ImageNoise
-from files import read_npz, sha256, write, write_json
+from files import (check_fields, read_json, read_npy, read_npz, reading, sha256, write,
+                   write_json)
 from vae import KL16, KL16_SCALE, latent_scale, load_kl16, posterior
 
 SHARD = 8192                     # images a shard, 270 MB at 256x256: what a kill costs at most
 BOUND_STDS = 5.0
+NOTE = {"made_for": dict, "bad": list, "crc": list}          # what stands beside a shard
 CROP = "halve, bicubic, centre"
 
 
@@ -248,7 +251,7 @@ def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.0
     parts = [files[k:k + SHARD] for k in range(0, len(files), SHARD)]
     note = lambda number: root / f"{number:05d}.json"
     for old in root.glob("[0-9]*.json"):
-        check_made_for(root, json.loads(old.read_text())["made_for"], made_for)
+        check_made_for(root, read_json(old, **NOTE)["made_for"], made_for)
 
     todo = [k for k in range(rank, len(parts), world) if not note(k).exists()]
     if rank == 0:
@@ -257,8 +260,8 @@ def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.0
     with tqdm(total=sum(len(parts[k]) for k in todo), desc="encoding", unit="image",
               disable=rank > 0, mininterval=0.5 if sys.stderr.isatty() else 60) as bar:
         for k in todo:
-            bad = write_shard(root / f"{k:05d}.npy", parts[k], read, vae, bar)
-            write_json(note(k), {"made_for": made_for, "bad": bad})
+            bad, crc = write_shard(root / f"{k:05d}.npy", parts[k], read, vae, bar)
+            write_json(note(k), {"made_for": made_for, "bad": bad, "crc": crc})
 
     # torchrun ends all ranks when one dies
     waiting = [note(k) for k in range(len(parts))] if rank == 0 else [root / "manifest.json"]
@@ -269,7 +272,8 @@ def build(root, files, class_names, read, vae, made_for, scale=None, max_bad=0.0
 
 
 def write_shard(path, files, read, vae, bar):
-    """Moments of the readable files at path; returns [[position, why]] of the others."""
+    """Moments of the readable files at path; returns [[position, why]] of the others, and the
+    checksums [of an image, of its mirror image]."""
     device, done, bad, seen = next(vae.parameters()).device, [], [], 0
     for batch in read_ahead(files, read):
         bad += [[seen + j, image] for j, image in enumerate(batch) if isinstance(image, str)]
@@ -285,7 +289,7 @@ def write_shard(path, files, read, vae, bar):
         bar.update(len(batch))
     moments = torch.cat(done).numpy() if done else np.empty((0, 2), np.float16)
     write(path, lambda f: np.save(f, moments))
-    return bad
+    return bad, [[zlib.crc32(z) for z in pair] for pair in moments]
 
 
 def read_ahead(files, read, batch=32):
@@ -311,7 +315,7 @@ def read_ahead(files, read, batch=32):
 
 def finish(root, parts, class_names, made_for, scale, max_bad):
     """Once all shards are there: name what is unreadable, measure, write index and manifest."""
-    notes = [json.loads((root / f"{k:05d}.json").read_text()) for k in range(len(parts))]
+    notes = [read_json(root / f"{k:05d}.json", **NOTE) for k in range(len(parts))]
     for left in root.glob("*.tmp"):                                      # by killed processes
         left.unlink()
     unreadable = [line for note in notes for _, line in note["bad"]]
@@ -320,12 +324,13 @@ def finish(root, parts, class_names, made_for, scale, max_bad):
     index, shards = [], []
     for k, (part, note) in enumerate(zip(parts, notes)):
         bad = {position for position, _ in note["bad"]}
-        index += [(y, held) for j, (_, y, held) in enumerate(part) if j not in bad]
+        good = [(y, held) for j, (_, y, held) in enumerate(part) if j not in bad]
+        index += [(*about, *crc) for about, crc in zip(good, note["crc"], strict=True)]
         shards.append({"file": f"{k:05d}.npy", "count": len(part) - len(bad)})
-    index = np.array(index, dtype=np.int32).reshape(-1, 2)
+    index = np.array(index, dtype=np.int64).reshape(-1, 4)
     write(root / "index.npy", lambda f: np.save(f, index))
 
-    measured = measure(Shards(root, shards), np.flatnonzero(index[:, 1] == 0), scale)
+    measured = measure(Shards(root, shards, index[:, 2:]), np.flatnonzero(index[:, 1] == 0), scale)
     write_json(root / "manifest.json",
               {"made_for": made_for, **measured, "count": len(index), "shards": shards,
                "class_names": class_names, "unreadable": len(unreadable)})
@@ -361,35 +366,43 @@ def spread(rows, most):
 # ---------------------------------------------------------------- reading
 
 class Shards:
-    """moments(k, flip) (2z, h, w) float16 of image k of a cache, by memory map."""
+    """moments(k, flip) (2z, h, w) float16 of image k of a cache, by memory map.
 
-    def __init__(self, root, shards):
+    crc (n, 2): their checksums, looked at whenever one is read (8 us at 256x256)."""
+
+    def __init__(self, root, shards, crc):
         shards = [s for s in shards if s["count"]]
-        self.arrays = [np.load(root / s["file"], mmap_mode="r") for s in shards]
+        self.files, self.crc = [root / s["file"] for s in shards], crc
+        self.arrays = [read_npy(file) for file in self.files]
         self.ends = np.cumsum([s["count"] for s in shards])
         for s, array in zip(shards, self.arrays):
-            if len(array) != s["count"]:
-                raise ValueError(f"{root}/{s['file']} holds {len(array)} images, its manifest says "
-                                 f"{s['count']}: delete the cache")
+            if array.ndim != 5 or array.dtype != np.float16 or len(array) != s["count"]:
+                raise ValueError(f"{root}/{s['file']} holds {array.dtype} {array.shape}, expected "
+                                 f"float16 ({s['count']}, 2, 2z, h, w): delete the cache")
 
     def __call__(self, k, flip):
         shard = int(np.searchsorted(self.ends, k, side="right"))
-        return self.arrays[shard][k - self.ends[shard], int(flip)]       # negative: from its end
+        z = self.arrays[shard][k - self.ends[shard], int(flip)]          # negative: from its end
+        if zlib.crc32(z) != self.crc[k, int(flip)]:
+            raise ValueError(f"{self.files[shard]} is damaged at image {k}: its checksum does not "
+                             "fit; delete the cache to encode it anew")
+        return z
 
 
 class MarFiles:
-    """The same from MAR's cache: root/class/*.npz with `moments` and `moments_flip` (2z, h, w)."""
+    """The same from MAR's cache: root/class/*.npz with `moments` and `moments_flip` of a shape."""
 
-    def __init__(self, files):
-        self.files = files
+    def __init__(self, files, shape):
+        self.files, self.shape = files, shape            # (2z, h, w), or None: that of the first
 
     def __call__(self, k, flip):
-        try:
-            with np.load(self.files[k]) as z:
-                return z["moments_flip" if flip else "moments"]
-        except Exception as error:                                       # zip, pickle, key, OS
-            raise ValueError(f"{self.files[k]} is no latent of MAR's cache (npz with moments and "
-                             f"moments_flip): {error}") from None
+        name = "moments_flip" if flip else "moments"
+        z = read_npz(self.files[k], name)[name]
+        self.shape = self.shape or z.shape
+        if z.shape != self.shape or z.dtype.kind != "f" or not np.isfinite(z).all():
+            raise ValueError(f"{self.files[k]} holds {z.dtype} {name} {z.shape}, expected "
+                             f"{self.shape}, finite: the cache was made for another size or VAE")
+        return z
 
 
 class Latents:
@@ -427,13 +440,25 @@ def read_cache(root, wanted):
 
     Raises ValueError if it was made for something else than wanted (a dict).
     """
-    manifest = json.loads((root / "manifest.json").read_text())
+    manifest = read_json(root / "manifest.json", made_for=dict, shards=list, class_names=list,
+                         scale=float, std=float, x0_bound=float, beyond=float)
     check_made_for(root, manifest["made_for"], wanted)
-    moments, index = Shards(root, manifest["shards"]), np.load(root / "index.npy")
+    index, names = read_npy(root / "index.npy"), manifest["class_names"]
+    with reading(root / "manifest.json", "manifest of a latent cache"):
+        for shard in manifest["shards"]:
+            check_fields(shard, {"file": str, "count": int})
+        check_fields(dict(enumerate(names)), dict.fromkeys(range(len(names)), str))
+    n = sum(shard["count"] for shard in manifest["shards"])
+    if index.shape != (n, 4) or index.dtype != np.int64 or not (
+            (0 <= index[:, :2]) & (index[:, :2] < (len(names), 2))).all():
+        raise ValueError(f"{root}/index.npy holds {index.dtype} {index.shape}, expected int64 "
+                         f"({n}, 4): a class below {len(names)}, 0 or 1, two checksums; delete the "
+                         "cache to encode it anew")
+    moments = Shards(root, manifest["shards"], index[:, 2:])
     splits = [Latents(moments, np.flatnonzero(index[:, 1] == split), index[index[:, 1] == split, 0],
                       manifest["scale"]) for split in (0, 1)]
     measured = {key: manifest[key] for key in ("scale", "std", "x0_bound", "beyond")}
-    return (*splits, manifest["class_names"], measured)
+    return (*splits, names, measured)
 
 
 def is_mar_cache(root):
@@ -445,13 +470,9 @@ def load_mar_cache(root, scale, expected=None, heldout_share=0.01):
     and side of the latents, if they are known."""
     files, names = sets.list_images(root, (".npz",), heldout_share=heldout_share)
     label, held = (np.array([f[k] for f in files]) for k in (1, 2))
-    moments = MarFiles([path for path, _, _ in files])
-    shape = moments(0, 0).shape
     if expected:
         expected = (2 * expected[0], expected[1], expected[1])
-        if shape != expected:
-            raise ValueError(f"{files[0][0]} holds moments {shape}, expected {expected}: the cache "
-                             "was made for another size or VAE")
+    moments = MarFiles([path for path, _, _ in files], expected)
     measured = measure(moments, np.flatnonzero(held == 0), scale, most=1024)
     splits = [Latents(moments, np.flatnonzero(held == split), label[held == split],
                       measured["scale"]) for split in (0, 1)]
@@ -542,12 +563,3 @@ def read_arrays(path):
     called = [str(y) for y in (range(labels.max() + 1) if called is None else called)]
     held = sets.heldout_mask(labels, 0.1) if held is None else held
     return latents, labels.astype(np.int64), held.astype(int), called
-
-
-def read_npy(path):
-    """An .npy file by memory map."""
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:                           # truncated, foreign, pickled
-        why = " ".join(str(error).split())[:150]
-        raise ValueError(f"{path} is not a readable npy: {why}") from None

@@ -12,13 +12,10 @@ References: MAR arXiv 2406.11838; DiT arXiv 2212.09748 (CDM's blocks). Parameter
 MAR's released checkpoints, which load as they are (from_mar).
 """
 import argparse
-import json
 import math
-import os
 import random
 import warnings
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,8 +24,8 @@ import torch.nn.functional as F
 
 import sets
 from data import DATASETS, patchify
-from files import Parser, read_checkpoint, run, save_checkpoint
 from diffloss import TimeEmbedding, modulate
+from files import Parser, check_output, check_weights, read_checkpoint, run, save_checkpoint
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem
 
@@ -411,7 +408,8 @@ def from_mar(state, path):
     export_mar puts beside. Raises ValueError with the first tensor that is missing, foreign or of
     another shape.
     """
-    weights = state.get("model_ema") or state.get("model", state)
+    raw = check_weights(state.get("model", state), path, "MAR")
+    weights = check_weights(state.get("model_ema") or raw, path, "MAR")
     if not state.get("model_ema"):
         warnings.warn(f"{path} holds no model_ema: these are probably the raw weights, whose "
                       "images are worse than the averaged ones of the original "
@@ -467,17 +465,17 @@ def data_facts(cfg, flags, path):
 def mar_config(weights, flags, path):
     """The Config of a MAR state dict. No tensor shows n_head: unless given, that of MAR's sizes."""
     n_head = flags.get("n_head")
-    def shape(name):
-        if name not in weights:
+
+    def shape(name, dims):
+        if name not in weights or weights[name].ndim != dims:
             raise ValueError(f"{path}: tensor '{name}' is missing: no complete MAR checkpoint")
         return weights[name].shape
 
     def count(prefix):
-        numbers = (int(n[len(prefix):].split(".")[0]) for n in weights if n.startswith(prefix))
-        return 1 + max(numbers, default=-1)
+        return len({n[len(prefix):].split(".")[0] for n in weights if n.startswith(prefix)})
 
-    n_embd, token_dim = shape("z_proj.weight")
-    n_tokens, rows = shape("diffusion_pos_embed_learned")[1], shape("class_emb.weight")[0]
+    n_embd, token_dim = shape("z_proj.weight", 2)
+    n_tokens, rows = shape("diffusion_pos_embed_learned", 3)[1], shape("class_emb.weight", 2)[0]
     sizes = [PRESETS[name] for name in ("mar-b", "mar-l", "mar-h")]
     heads = {p["n_embd"]: p["n_head"] for p in sizes}
     if not n_head and n_embd not in heads:
@@ -485,44 +483,16 @@ def mar_config(weights, flags, path):
                          "and the number of heads cannot be read from tensors; put it into the "
                          "file as n_head")
     n_layer, n_decoder = count("encoder_blocks."), count("decoder_blocks.")
-    return Config(kind="mar", n_layer=n_layer, n_decoder=n_decoder if n_decoder != n_layer else 0,
-                  n_head=n_head or heads[n_embd],
-                  n_embd=n_embd, head_depth=count("diffloss.net.res_blocks."),
-                  head_width=shape("diffloss.net.input_proj.weight")[0],
-                  token_dim=token_dim, grid=math.isqrt(n_tokens),
-                  num_classes=min(rows, flags.get("class_num") or rows),
-                  n_class_tokens=shape("encoder_pos_embed_learned")[1] - n_tokens,
-                  **{field: flags[name] for name, field in FLAGS.items() if name in flags})
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file; ValueError if it is none.
-
-    Its layout: the header's length (8 bytes, little endian), a JSON header, raw data.
-    """
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-             "BF16": torch.bfloat16, "I64": torch.int64}
-    size, out = os.path.getsize(path), {}
+    sizes = dict(n_layer=n_layer, n_decoder=n_decoder if n_decoder != n_layer else 0,
+                 n_embd=n_embd, token_dim=token_dim, head_depth=count("diffloss.net.res_blocks."),
+                 head_width=shape("diffloss.net.input_proj.weight", 2)[0],
+                 grid=math.isqrt(n_tokens), num_classes=min(rows, flags.get("class_num") or rows),
+                 n_class_tokens=shape("encoder_pos_embed_learned", 3)[1] - n_tokens,
+                 **{field: flags[name] for name, field in FLAGS.items() if name in flags})
     try:
-        with open(path, "rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if length > size:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(f.read(length))
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                begin, end = entry["data_offsets"]
-                f.seek(8 + length + begin)
-                raw = bytearray(f.read(end - begin))
-                if len(raw) < end - begin:
-                    raise ValueError(f"tensor '{name}' is cut off")
-                dtype, shape = types[entry["dtype"]], entry["shape"]
-                out[name] = (torch.frombuffer(raw, dtype=dtype).reshape(shape) if raw
-                             else torch.empty(shape, dtype=dtype))
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path} ({size} bytes) is no readable safetensors file: "
-                         f"{error}") from None
-    return out
+        return Config(kind="mar", n_head=n_head or heads[n_embd], **sizes)
+    except ValueError as error:
+        raise ValueError(f"{path} has the weights of no MAR: {error}") from None
 
 
 def export_mar(path, state):
@@ -565,11 +535,7 @@ def main():
     p.add_argument("ckpt", help="the checkpoint, or the folder of its run")
     p.add_argument("file", help="the file to write, such as mar.pth; never overwritten")
     args = p.parse_args()
-    file = Path(args.file)
-    if file.exists():
-        raise ValueError(f"{file} exists; choose another name or remove it")
-    if not file.parent.is_dir():
-        raise ValueError(f"there is no folder {file.parent} to write {file.name} into")
+    file = check_output("name", args.file, overwrite=False)
     export_mar(file, read_checkpoint(args.ckpt))
     print(f"{args.ckpt} -> {file}, in the layout of MAR's checkpoints")
 

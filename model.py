@@ -14,14 +14,14 @@ References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffus
 import difflib
 import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from diffloss import OBJECTIVES, T_TRAIN, DenoisingMLP
-from files import read_checkpoint
+from files import check_fields, check_fits, read_checkpoint
 
 # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the
 # displacement, too. Images are drawn with this scale unless told otherwise, one for all small
@@ -54,6 +54,11 @@ class Config:
     n_decoder: int = 0              # mar: layers of the decoder; 0: n_layer
 
     def __post_init__(self):
+        check_fields(asdict(self), {f.name: f.type for f in fields(self)})
+        for name, value in asdict(self).items():
+            least = name in ("n_head", "n_embd", "token_dim", "grid", "diffusion_batch_mul")
+            if not isinstance(value, str) and not least <= value <= 2 ** 20:
+                raise ValueError(f"{name}={value} is out of range: {int(least)} to {2 ** 20}")
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.n_embd % self.n_head:
@@ -105,12 +110,22 @@ PRESETS = {
 }
 
 
+# fields that a kind does not read
+OF_MAR = ("n_class_tokens", "mask_min", "mask_std", "rope")
+IDLE = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width")}
+
+
 def preset(name, **changes):
     """The Config of a preset with some fields changed."""
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
         raise ValueError(f"unknown model {name!r}; {hint}")
+    kind = PRESETS[name]["kind"]
+    idle = [field for field in changes if field in IDLE.get(kind, ())]
+    if idle:
+        raise ValueError(f"{idle[0]}={changes[idle[0]]} would change nothing: a model of kind "
+                         f"{kind} does not read it")
     return Config(**{**PRESETS[name], **changes})
 
 
@@ -361,7 +376,7 @@ def pick_device(name):
             index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).cpu()              # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name} cannot be used: {reason}") from None
@@ -389,19 +404,22 @@ def load_model(path, device="cpu", ema=True):
     state = read_checkpoint(path)
     known = {f.name for f in fields(Config)}
     try:
-        model = build(Config(**{k: v for k, v in state["config"].items() if k in known}))
-    except TypeError as error:
+        cfg = Config(**{k: v for k, v in state["config"].items() if k in known})
+        check_fits(cfg, state["data"], len(state["ema"]))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged config: {error}") from None
     gone = tuple(f"{k}." for k in state["config"] if k not in known) or ("no field",)
     weights = {k: v for k, v in state["ema" if ema else "model"].items() if not k.startswith(gone)}
     try:
+        with torch.device("meta"):              # no memory is taken before it is known to be needed
+            build(cfg).load_state_dict(weights, assign=True)
+        model = build(cfg)
         model.load_state_dict(weights)
     except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
         raise ValueError(f"{path} was written by another version of this project, its weights do "
                          f"not fit: {str(error).splitlines()[1].strip()}; train again, or use the "
                          "version that wrote it") from None
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise ValueError(f"{path}: weight {name} is not finite; go back to an older checkpoint")
     model.diffloss.x0_bound = state["data"].get("x0_bound")
     return model.to(device).eval(), state

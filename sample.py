@@ -28,8 +28,8 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors,
-                   write)
+from files import (Parser, check_fields, check_output, find_checkpoint, join, number, read_torch,
+                   run, save_checkpoint, sha256, tensors, write)
 from model import GUIDANCE, amp, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
@@ -206,15 +206,14 @@ class Refinement:
         file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
         if file and file.exists():
             try:
-                saved = torch.load(file, map_location=self.device, weights_only=True)
+                saved = read_torch(file, "part of a refinement", self.device)
+                check_fields(saved, {"made_for": dict, "value": type(saved["value"])})
                 differs = [w for w in depends if saved["made_for"].get(w) != depends[w]]
-                if not all(z.isfinite().all() for z in tensors(saved["value"])):
-                    raise ValueError("not finite")
                 if not differs:
                     return saved["value"]
                 reason = f"were made for another {', '.join(differs)}"
-            except Exception as error:       # torch has no common class for what a file may hold
-                reason = f"cannot be read ({(str(error).splitlines() or ['damaged'])[0][:80]})"
+            except (ValueError, TypeError, LookupError) as error:
+                reason = f"cannot be read ({error})"
             self.say(f"the {kind} in {self.folder} {reason}: computing anew")
 
         value = make()
@@ -223,8 +222,8 @@ class Refinement:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 save_checkpoint(file, {"made_for": depends, "value": value})
-            except OSError as error:
-                print(f"{file} cannot be written ({error.strerror}): refinement is not kept")
+            except (OSError, ValueError) as error:
+                print(f"{error}: the refinement is not kept")
                 self.folder = None
         return value
 
@@ -374,7 +373,7 @@ def setup(args):
         sampling.update(mar.read_inpaint(args, model, facts, device))
 
     # the small sets have no folder: their --data_dir is not looked at, and so refused
-    which = datasets.DATASETS[facts["dataset"]]
+    which = datasets.known(facts["dataset"])
     has_dir = which.needs_dir or which.photos
     data_dir = lambda: args.data_dir if has_dir else None
 
@@ -440,15 +439,12 @@ def find_class(word, names):
 def output(args, job):
     """The checked file that is to be written."""
     latents = job.state["data"]["dataset"] == "latents" and not args.vae
-    out = Path(args.out or job.path.parent / f"sample.{'npz' if latents else 'png'}")
-    if out.suffix not in (".png", ".npz") or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"--out {out}: expected a .png or .npz in a folder that can be written to")
+    name = args.out or job.path.parent / f"sample.{'npz' if latents else 'png'}"
+    out = check_output("--out", name, (".png", ".npz"), args.overwrite)
     if latents and out.suffix == ".png":
         raise ValueError(f"--out {out}: this model draws latents of a tokeniser that is not here, "
                          "and no picture; --out s.npz writes them unscaled for your own decoder, "
                          "--vae decodes them if they are of kl16.ckpt")
-    if not args.overwrite and out.exists():
-        raise ValueError(f"{out} exists; choose another --out or add --overwrite")
     return out
 
 
@@ -462,7 +458,7 @@ def main():
     n, seed = args.n or 10 * len(ids), args.seed
     args.check_used()
     if world > 1:                                        # ranks meet once, at the end of hours
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        join("gloo", timedelta(days=30))
 
     turn = torch.arange(n) % len(ids)                    # image k: its class depends on k alone
     labels = ids[turn]
@@ -477,7 +473,7 @@ def main():
     if rank > 0:
         return
 
-    seconds = time.time() - began
+    seconds = max(time.time() - began, 1e-6)
     if out.suffix == ".npz":
         keys = ("arr_0", "arr_1") if images.dtype == np.uint8 else ("latents", "labels")
         arrays = dict(zip(keys, (images, labels.numpy())))

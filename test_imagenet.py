@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -212,8 +213,8 @@ def without(name):
     (lambda s: {**s, "encoder.conv_in.weight": torch.zeros(40, 3, 3, 3)}, ("ch=40",)),
     (lambda s: {**s, "quant_conv.bias": s["quant_conv.bias"] * float("nan")}, ("not finite",)),
     (lambda s: {"encoder.down_blocks.0.conv1.weight": torch.zeros(1)}, ("missing", "diffusers")),
-    (lambda s: {"step": 3, "model_ema": {}}, ("['step', 'model_ema']", "--ckpt")),
-    (lambda s: {}, ("expected {'model': state_dict}",))])
+    (lambda s: {"step": 3, "model_ema": {}}, ("['step', 'model_ema']", "--vae")),
+    (lambda s: {}, ("expected the state dict of a VAE",))])
 def test_a_partial_or_foreign_vae_is_refused_by_its_first_offending_name(change, words, tmp_path):
     path = saved(tmp_path / "other.ckpt", change(tiny_vae().state_dict()))
     refused(lambda: load_kl16(path), path, *words)
@@ -228,7 +229,7 @@ def test_a_truncated_or_unsafe_vae_file_is_refused_in_one_line(content, tmp_path
     else:
         path.write_bytes({"truncated": whole[:len(whole) // 2], "empty": b"",
                           "web page": b"<html>404</html>"}[content])
-    refused(lambda: load_kl16(path), "no readable checkpoint", f"{path.stat().st_size:,} bytes")
+    refused(lambda: load_kl16(path), "no readable VAE", f"{path.stat().st_size:,} bytes")
     refused(lambda: load_kl16(tmp_path / "nowhere.ckpt"), "kl16.ckpt")
 
 
@@ -274,14 +275,14 @@ def test_the_cache_holds_the_moments_of_each_crop_and_of_its_mirror_image(
     assert (len(d.train), len(d.heldout), d.class_names) == (18, 2, ["cat", "dog"])
     assert (d.token_dim, d.grid) == (4, 4) and d.decode(torch.zeros(2, 16, 4)).shape == (2, 3, 8, 8)
 
-    net, moments = load_kl16(vae_files[0]), latents.Shards(cache, manifest["shards"])
+    net, moments = load_kl16(vae_files[0]), latents.Shards(cache, manifest["shards"], index[:, 2:])
     files = sorted(root.rglob("*.png"))
     for k in (0, 7, 19):
         image = torch.from_numpy(sets.read_image(files[k], SIDE)).permute(2, 0, 1)[None]
         for flip, view in enumerate((image, image.flip(-1))):
             got = torch.tensor(moments(k, flip)[None]).float()
             assert relative(got, net.moments(view.float() / 127.5 - 1)) < 1e-3, "float16"
-        assert index[k].tolist() == [k // 10, int(k % 10 == 9)]
+        assert index[k, :2].tolist() == [k // 10, int(k % 10 == 9)]
     assert not list(cache.glob("*.tmp"))
 
     # complete: never encoded again; the folder of the images, or the cache's own, is enough
@@ -432,7 +433,7 @@ def test_mar_s_one_npz_per_image_is_read_as_it_is(tmp_path, vae_files):
     refused(lambda: load(root, vae_files[0], name="imagenet256", size=16),
             "moments (8, 4, 4), expected (8, 8, 8)")
     (root / "n01440764" / "0.JPEG.npz").write_bytes(b"PK")
-    refused(lambda: load(root, vae_files[0], name="imagenet256"), "no latent of MAR's cache")
+    refused(lambda: load(root, vae_files[0], name="imagenet256"), "not a readable npz: its list")
 
 
 @pytest.mark.parametrize("given, words", [
@@ -673,7 +674,7 @@ def test_a_missing_or_damaged_file_of_latents_and_a_size_are_one_line(tmp_path):
     refused(lambda: data.load("latents"), "no --data_dir", "expected an npz")
     refused(lambda: data.load("latents", tmp_path / "none"), "none; expected an npz")
     (path / "latents.npy").write_bytes((path / "latents.npy").read_bytes()[:300])
-    refused(lambda: data.load("latents", path), "latents.npy is not a readable npy")
+    refused(lambda: data.load("latents", path), "is no readable npy")
     (tmp_path / "l.npz").write_bytes(b"PK")
     refused(lambda: data.load("latents", tmp_path / "l.npz"), "not a readable npz")
 
@@ -1013,9 +1014,10 @@ def thousand_classes(root, net):
     names, cache, size = [n for _, n in sets.imagenet_classes()], root / "c", 2 * net.stride
     cache.mkdir()
     index = np.stack([np.arange(1000).repeat(3), np.tile([0, 0, 1], 1000)], axis=1)
-    moments = np.random.default_rng(0).standard_normal((3000, 2, 8, 2, 2))
-    np.save(cache / "index.npy", index.astype(np.int32))
-    np.save(cache / "00000.npy", moments.astype(np.float16))
+    moments = np.random.default_rng(0).standard_normal((3000, 2, 8, 2, 2)).astype(np.float16)
+    crc = [[zlib.crc32(z) for z in pair] for pair in moments]
+    np.save(cache / "index.npy", np.concatenate([index, crc], 1))
+    np.save(cache / "00000.npy", moments)
     made_for = {"vae": net.fingerprint(), "crop": latents.CROP, "size": size}
     (cache / "manifest.json").write_text(json.dumps(
         {"made_for": made_for, "scale": 0.2325, "std": 1.0, "x0_bound": 5.0, "beyond": 0.0,

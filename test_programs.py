@@ -123,6 +123,8 @@ def child(rank, world, port, module, argv, before, log):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
                       MASTER_ADDR="localhost", MASTER_PORT=str(port))
     sys.argv = [f"{module}.py", *argv]
+    signal.signal(signal.SIGINT, signal.default_int_handler)   # pytest itself may run in the
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)               # background, or under nohup
     if before:
         before()
     files.run(importlib.import_module(module).main)
@@ -343,7 +345,7 @@ def test_two_processes_draw_the_file_of_one(refine, own_run, run, tmp_path):
 
 @every("argv, words", [
     ("--ckpt {tmp}/none.pt", "no checkpoint"), ("--ckpt {tmp}/cut.pt", "truncated"),
-    ("--ckpt {tmp}/text.pt", "not a readable checkpoint"), ("--ckpt {tmp}/foreign.pt", "lacks"),
+    ("--ckpt {tmp}/text.pt", "no readable checkpoint"), ("--ckpt {tmp}/foreign.pt", "lacks"),
     ("--ckpt {tmp}/plain.pt", "class_dropout=0 and has no null branch"),
     ("--classes zebra", "knows 0, 1"), ("--classes 10", "knows 0, 1"),
     ("--steps 0", "out of range"), ("--steps 1001", "out of range"),
@@ -380,6 +382,12 @@ def test_a_flag_that_would_change_nothing_is_refused(name, argv, run, tmp_path):
     assert {k for k, text in helps if "with --refine" in (text or "")} <= set(IDLE)
     refused(f"--{name} would change nothing", sample, "--ckpt", run, *DRAW, "--n", 1, "--out",
             tmp_path / "x.png", *argv.split())
+
+
+def test_a_folder_that_a_small_set_would_not_read_is_refused(tmp_path):
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((20, 16, 16, 1), np.uint8))
+    refused("--data_dir would change nothing", evaluate, "--samples", tmp_path / "s.npz",
+            "--dataset", "digits", "--data_dir", tmp_path)
 
 
 # ================================================================ train.py
@@ -475,7 +483,7 @@ def test_a_full_disk_before_or_during_a_save_is_one_line_and_leaves_the_old_file
 
     files, again = sorted(own_run.iterdir()), [*FAST, "--steps", 4, "--set", *SETTINGS]
     monkeypatch.setattr(torch, "save", full)
-    refused("could not be saved at step 4", train, "--out_dir", own_run, *again)
+    refused("step 4 could not be saved", train, "--out_dir", own_run, *again)
     assert models.load_model(own_run)[1]["step"] == 2 and sorted(own_run.iterdir()) == files
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 ** 20}))
     refused("has 1 MiB free, but", train, "--out_dir", tmp_path / "o", *again)
@@ -553,6 +561,8 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--set lerning=1", "no such setting"), ("--set ema_deca=1", "did you mean ema_decay"),
     ("--set dropout=much", "expected dropout=<float>"), ("--set inverse=2", "0 or 1"),
     ("--set optimizer=sgd", "choose muon or adamw"), ("--set objective=flow", "choose one of eps"),
+    ("--set rope=1", "rope=True would change nothing: a model of kind ar"),
+    ("--model cdm-tiny --set head_depth=3", "head_depth=3 would change nothing"),
     ("--set n_head=5", "divisible by n_head")])
 def test_bad_input_to_train_is_one_line_and_exit_code_2(argv, words, tmp_path):
     (tmp_path / "file").write_text("x")
@@ -572,10 +582,10 @@ def test_a_checkpoint_with_a_field_too_many_and_one_too_few_loads_as_it_was(run,
 
 
 @every("change, words", [
-    (lambda s: s["config"].update(num_classes=7), "its weights do not fit.*train again"),
+    (lambda s: s["config"].update(n_embd=128), "its weights do not fit.*train again"),
     (lambda s: s["ema"].pop("norm.weight"), "its weights do not fit.*norm.weight"),
     (lambda s: s["ema"].update({"odd.weight": torch.zeros(1)}), "do not fit.*odd.weight"),
-    (lambda s: s["ema"]["norm.weight"].fill_(math.nan), "norm.weight is not finite.*older"),
+    (lambda s: s["ema"]["norm.weight"].fill_(math.nan), "norm.weight' is not finite.*older"),
     (lambda s: s.pop("ema"), "it lacks ema")])
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(change, words, run, tmp_path):
     with pytest.raises(ValueError, match=words) as error:

@@ -13,14 +13,14 @@ It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, l
 import copy
 import difflib
 import functools
-import json
 import math
 import os
-import signal
 import sys
 import time
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from files import (Parser, check_space, lock, number, read_checkpoint, run, save_checkpoint,
-                   write_text)
+from files import (NAMES, Parser, check_space, finite, join, lock, number, on_signal, plot_loss,
+                   read_checkpoint, run, save_run, tensors, write, write_records)
 from model import GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, set_threads
 from sample import draw
 
@@ -133,7 +133,12 @@ class World:
                                 (("WORLD_SIZE", 1), ("RANK", 0)))
         self.device = pick_device(device)
         if self.size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            join("nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=10))
+
+    def wrap(self, model):
+        """The model whose gradients are averaged over the ranks."""
+        own = [self.device.index] if self.device.type == "cuda" else None
+        return DDP(model, device_ids=own) if self.size > 1 else model
 
     def mean(self, *values):
         """The mean of each value over the ranks, as floats."""
@@ -285,7 +290,7 @@ def settings_of(args):
 def resume(path, model, ema, optimizers, dataset, args):
     """Load a checkpoint of this very run: (step, records); ValueError names whatever differs."""
     state = read_checkpoint(path)
-    if "optimizers" not in state or "records" not in state:
+    if not {"optimizers", "records", "args"} <= set(state):
         raise ValueError(f"{path} holds weights, but no run that could be resumed (no optimiser); "
                          f"to fine-tune them: --init {path}, with another --out_dir")
 
@@ -304,48 +309,31 @@ def resume(path, model, ema, optimizers, dataset, args):
         raise ValueError(f"{path} holds another run ({'; '.join(changed)}); repeat its flags to "
                          "resume it or choose another --out_dir")
 
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
+    try:
+        for part, saved in zip((model, ema, *optimizers),
+                               (state["model"], state["ema"], *state["optimizers"]), strict=True):
+            part.load_state_dict(saved)
+    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not fit the run that it names: {error}") from None
     return state["step"], state["records"]
 
 
 def save(path, model, ema, optimizers, step, records, dataset, args):
     """Checkpoint and metrics, unless something is not finite: then the old checkpoint stays."""
-    finite = all(p.isfinite().all() for m in (model, ema) for p in m.parameters())
-    if not finite or not math.isfinite(records[-1]["heldout_loss"] if records else 0):
-        raise SystemExit(diverged("weights or held-out loss are not finite", step, path, args))
     state = {"config": asdict(model.cfg), "model": model.state_dict(), "ema": ema.state_dict(),
              "optimizers": [o.state_dict() for o in optimizers], "step": step, "records": records,
              "args": settings_of(args), "data": dataset.facts,
              "versions": {"torch": str(torch.__version__), "numpy": np.__version__}}
-    try:
-        save_checkpoint(path, state)
-    except (OSError, RuntimeError) as error:             # torch's writer has no class of its own
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} could not be saved at step {step} ({reason}); what it held "
-                         "before is untouched") from None
-    write_text(path.with_name("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
+    if not all(map(finite, tensors(state))) or not math.isfinite(
+            records[-1]["heldout_loss"] if records else 0):
+        raise SystemExit(diverged("weights or held-out loss are not finite", step, path, args))
+    save_run(path, state)
 
 
 def diverged(what, step, path, args):
     return (f"{what} at about step {step}. Likely causes: a learning rate that is too high (--lr "
             f"{args.lr:g}; try a third), bad pixels or latents, a failing GPU. Last good "
             f"checkpoint: {path} at step {read_checkpoint(path)['step']}")
-
-
-def plot_loss(path, records):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
-    for key, label in (("loss", "training"), ("heldout_loss", "held out, averaged weights")):
-        ax.plot([r["step"] for r in records], [r[key] for r in records], label=label, marker=".")
-    ax.set(xlabel="step", ylabel="diffusion loss", yscale="log")
-    ax.legend()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
 
 
 def sample_grid(path, ema, dataset, args, columns=10):
@@ -355,7 +343,8 @@ def sample_grid(path, ema, dataset, args, columns=10):
     y = torch.arange(min(len(dataset.class_names), 20)).repeat_interleave(columns)
     scale = GUIDANCE if ema.cfg.class_dropout else 1.0
     x = draw(ema, y, range(len(y)), args.seed, cfg_scale=scale)
-    image_grid(to_uint8(dataset.decode(x)), columns).save(path)
+    picture = image_grid(to_uint8(dataset.decode(x)), columns)
+    write(path, lambda f: picture.save(f, "png"))
     return path
 
 
@@ -375,16 +364,16 @@ def open_data(args, device, scale=None):
 
 def main():
     args, start = parse_args(), None
+    world = World(args.device)
     if args.init:
         import finetune
         start = finetune.Start(args)
-    dataset = open_data(args, pick_device(args.device), start and start.scale)
+    dataset = open_data(args, world.device, start and start.scale)
     args.size = dataset.size
     shape = {"token_dim": dataset.token_dim, "grid": dataset.grid,
              "num_classes": len(dataset.class_names)}
     cfg = (start.config(dataset, shape) if start else
            preset(args.model, **{**args.architecture, **shape}))
-    world = World(args.device)
     share, rest = divmod(args.global_batch, world.size * args.accumulate)
     if rest:
         raise ValueError(f"--global_batch {args.global_batch} must be a multiple of processes x "
@@ -412,6 +401,23 @@ def main():
         dist.destroy_process_group()
 
 
+def begin(path, parts, dataset, args, world):
+    """(step, records) of the checkpoint at `path`; where there is none, a first one is saved, which
+    shows that saving works. parts: model, ema, optimizers."""
+    chief, found = world.rank == 0, path.exists()
+    if chief:
+        check_space(path, 16 * parts[0].num_params)
+        if not found:
+            save(path, *parts, 0, [], dataset, args)
+    world.mean(0)            # all read one file: a run that is just ending might still replace it
+    step, records = resume(path, *parts, dataset, args)
+    if chief and found:
+        write_records(path, records)                     # a kill may have come between the two
+        print(f"resuming {path} at step {step} of {args.steps}" if step < args.steps else
+              f"{path} has its {step} steps: nothing to train. Raise --steps to go on")
+    return step, records
+
+
 def train(model, dataset, args, world):
     """Train to --steps, from the checkpoint in --out_dir if there is one."""
     set_threads(model, world.device, args.threads)
@@ -421,54 +427,43 @@ def train(model, dataset, args, world):
     if args.checkpoint_blocks:
         checkpoint_blocks(model)
 
-    out, chief, first, records = Path(args.out_dir), world.rank == 0, 0, []
-    path = out / "ckpt.pt"
-    if (out / "checkpoint-last.pth").exists() and not path.exists():     # MAR's name of its own
-        path = out / "checkpoint-last.pth"
-    if chief:
-        check_space(out, 16 * model.num_params * (1 if path.exists() else 2))
-    if path.exists():
-        first, records = resume(path, model, ema, optimizers, dataset, args)
-        if chief:
-            print(f"resuming {path} at step {first} of {args.steps}" if first < args.steps else
-                  f"{path} has its {first} steps: nothing to train. Raise --steps to go on")
-    elif chief:
-        save(path, model, ema, optimizers, 0, [], dataset, args)    # shows now that saving works
-    ddp = torch.compile(model) if args.compile else model
-    if world.size > 1:
-        ddp = DDP(ddp, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+    chief, parts, stop = world.rank == 0, (model, ema, optimizers), []
+    out = Path(args.out_dir)
+    path = next((out / name for name in NAMES if (out / name).exists()), out / "ckpt.pt")
+    first, records = begin(path, parts, dataset, args, world)
+    ddp = world.wrap(torch.compile(model) if args.compile else model)
 
-    stop = []                                            # signals: finish the step, save, exit 0
-    for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(name, lambda number, frame: stop.append(number))
-    since, losses = time.time(), []
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, desc="training",
-               unit="step", disable=None if chief else True, dynamic_ncols=True)
-    for step in bar:
-        losses.append(train_step(step, model, ddp, ema, optimizers, dataset, args, world))
-        done = step + 1
-        due = done == args.steps or done % args.eval_every == 0
-        # the only points that wait; alone, a signal is met at once, many processes agree here
-        if not due and step % 20 != 19 and not (stop and world.size == 1):
-            continue
+    losses, look, began, stopping = deque(maxlen=20), first, (first, time.perf_counter()), 0
+    with on_signal(stop.append), tqdm(                   # finish the step, save, exit 0
+            range(first, args.steps), initial=first, total=args.steps, desc="training",
+            unit="step", disable=None if chief else True, dynamic_ncols=True) as bar:
+        for step in bar:
+            losses.append(train_step(step, model, ddp, ema, optimizers, dataset, args, world))
+            done = step + 1
+            due = done == args.steps or done % args.eval_every == 0
+            # the only points that wait, some once a second; alone, a signal is met at once
+            if not due and done < look and not (stop and world.size == 1):
+                continue
 
-        loss, stopping = world.mean(torch.stack(losses).mean(), len(stop))
-        if not math.isfinite(loss):
-            raise SystemExit(diverged(f"the loss is {loss}", done, path, args) if chief else 1)
-        rate = args.global_batch / (time.time() - since) * len(losses)
-        bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
-        if chief and (due or stopping):
-            held = heldout_loss(ema, dataset, args, world.device)
-            records.append({"step": done, "loss": loss, "heldout_loss": held,
-                            "lr": learning_rate(step, args), "images_per_s": round(rate, 1)})
-            save(path, model, ema, optimizers, done, records, dataset, args)
-            bar.write(f"step {done}: loss {loss:.4f}, held out {held:.4f}, {rate:.0f} images/s")
-        if stopping:
-            break
-        losses, since = [], time.time()
+            seconds = max(time.perf_counter() - began[1], 1e-6) / (done - began[0])   # of a step
+            loss, stopping, seconds = world.mean(torch.stack([*losses]).mean(), len(stop), seconds)
+            if not math.isfinite(loss):
+                raise SystemExit(diverged(f"the loss is {loss}", done, path, args) if chief else 1)
+            look, rate = done + max(1, int(1 / seconds)), args.global_batch / seconds
+            bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
+            if chief and (due or stopping):
+                held = heldout_loss(ema, dataset, args, world.device)
+                records.append({"step": done, "loss": loss, "heldout_loss": held,
+                                "lr": learning_rate(step, args), "images_per_s": round(rate, 1)})
+                save(path, *parts, done, records, dataset, args)
+                bar.write(f"step {done}: loss {loss:.4f}, held out {held:.4f}, {rate:.0f} images/s")
+            if stopping:
+                break
+            began = done, time.perf_counter()
+            if due:
+                losses.clear()
 
-    bar.close()
-    if chief and stop:
+    if chief and stopping:
         print(f"stopped by a signal; saved {path}; to resume, run the same command again")
     elif chief:
         if records:

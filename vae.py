@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import plain_names
+from files import read_weights
 
 KL16_SCALE = 0.2325              # 1 / std of kl16.ckpt's latents on ImageNet; its only home
 
@@ -247,7 +247,10 @@ def load_kl16(path, scale=KL16_SCALE, device="cpu"):
     Raises FileNotFoundError for a missing file, ValueError for a truncated, partial or foreign one
     (the first offending name), always in one line.
     """
-    state = read_state(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no VAE checkpoint at {path}; --vae takes the path of kl16.ckpt "
+                                "(266 MB, released with MAR: see README_imagenet.md)")
+    state = read_weights(path, "VAE (--vae) like kl16.ckpt, of about 265,900,000 bytes")
     try:
         with torch.device("meta"):                            # shapes only: nothing is initialised
             vae = KL16(**size_of(state), scale=scale)
@@ -259,28 +262,6 @@ def load_kl16(path, scale=KL16_SCALE, device="cpu"):
                          "(not diffusers' names, not another autoencoder)") from None
     vae.load_state_dict(state, assign=True)
     return vae.float().to(device)
-
-
-def read_state(path):
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no VAE checkpoint at {path}; --vae takes the path of kl16.ckpt "
-                                "(266 MB, released with MAR: see README_imagenet.md)")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:              # torch has no common class for zip, pickle, EOF errors
-        reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise ValueError(f"{path} ({os.path.getsize(path):,} bytes) is no readable checkpoint: it "
-                         "is truncated, a web page or a git-lfs pointer, or not a plain dict of "
-                         f"tensors ({reason}); kl16.ckpt has about 265,900,000 bytes: download it "
-                         "again") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    state = plain_names(state)
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        came = f"keys {list(state)[:5]}" if isinstance(state, dict) else type(state).__name__
-        raise ValueError(f"{path} holds {came}, expected {{'model': state_dict}} as in kl16.ckpt; "
-                         "is this a generator's checkpoint (--ckpt) given as --vae?")
-    return state
 
 
 def size_of(state):
