@@ -23,10 +23,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
+import fast
 import train as training
 from files import Parser, number, run
 from diffloss import DiffLoss, ImageNoise, respaced
-from model import amp, build, guidance_at, pick_device, preset
+from model import build, guidance_at, pick_device, preset
 from plan import sampling_flops, training_flops
 from sample import Refinement, draw
 
@@ -100,13 +101,15 @@ class Plain:
         B, N, D = len(y), self.cfg.n_tokens, self.cfg.token_dim
         order, x = noise.rand(N).argsort(1), torch.zeros(B, N, D, device=y.device)
         labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
+        noise = noise.randn(N * (1 + steps), D)
         for a, b in self.model.places(num_iter):
             mask = torch.ones(B, N, dtype=torch.bool, device=y.device)
             mask = mask.scatter(1, order[:, :a], False)
             now = torch.zeros_like(mask).scatter(1, order[:, a:b], True)
             # the noise follows the order, boolean indexing the raster
             raster = order[:, a:b].argsort(1)[None, ..., None].expand(1 + steps, -1, -1, D)
-            z = noise.randn(1 + steps, b - a, D).transpose(0, 1).gather(2, raster).flatten(1, 2)
+            z = noise[:, a * (1 + steps):b * (1 + steps)].unflatten(1, (1 + steps, b - a))
+            z = z.transpose(0, 1).gather(2, raster).flatten(1, 2)
             c = self.mar_conditions(torch.cat([x, x]), torch.cat([mask, mask]), labels)
             c = c[torch.cat([now, now])]                                    # (2 B n, C)
             x[now] = self.trajectory(c, guidance_at("linear", cfg_scale, b / N), z)
@@ -119,10 +122,10 @@ class Plain:
         twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
         labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)]) if guided else y
         h, tokens = m.class_emb(labels)[:, None], []
-        caches = m.empty_cache(len(h), h)
+        caches, noise = m.empty_cache(len(h), h), noise.randn(N, 1 + steps, self.cfg.token_dim)
         for i in range(N):
             c = m.next_condition(i, h, caches)
-            z = noise.randn(1 + steps, self.cfg.token_dim).transpose(0, 1)
+            z = noise[:, i].transpose(0, 1)
             x = self.trajectory(c, cfg_scale if guided else None, z)[:, None]
             tokens.append(x)
             h = m.x_proj(twice(x))
@@ -168,53 +171,6 @@ class Plain:
                 kept.mul_(decay).add_(new, alpha=1 - decay)
 
 
-# ---------------------------------------------------------------- CUDA graphs
-
-def graphed(head):
-    """head.sample, each trajectory captured as one CUDA graph and replayed from then on.
-
-    Some 40 kernels an evaluation of a small head take longer to launch than to run; a graph
-    launches them all at once. Weights may change in place, but not move.
-        model.diffloss.sample = graphed(model.diffloss)
-    """
-    graphs, eager = {}, head.sample
-
-    def sample(c, c_null, cfg_scale, noise, **options):
-        def trajectory(noise, c, scale=1.0, c_null=None):
-            return eager(c, c_null, scale, noise, **options)
-
-        given = [noise, c]
-        if c_null is not None:                  # a tensor, as it changes along the chain
-            given += [torch.full((), cfg_scale, device=c.device), c_null]
-        return replay(graphs, tuple(options.items()), trajectory, *given)
-    return sample
-
-
-def replay(graphs, key, fn, *inputs):
-    """fn(*inputs) as a CUDA graph, captured when `key` and the shapes are first met, and kept.
-
-    fn must not wait for the device; it runs twice when it is captured.
-    """
-    key = (key, *(z.shape for z in inputs), torch.is_autocast_enabled("cuda"))
-    if key not in graphs:
-        static, side = [z.clone() for z in inputs], torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):           # outside the graph: workspaces, tables, cuBLAS
-            fn(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.clear_autocast_cache()            # bf16 copies of weights are to live in the graph,
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = fn(*static)
-        torch.clear_autocast_cache()            # and there only
-        graphs[key] = graph, static, out
-    graph, static, out = graphs[key]
-    for z, new in zip(static, inputs):
-        z.copy_(new)
-    graph.replay()
-    return out.clone()
-
-
 # ---------------------------------------------------------------- measuring
 
 class Bench:
@@ -225,7 +181,7 @@ class Bench:
         # one thread of a CPU: the time that this process had, not that others had
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self.clock = time.process_time if alone else time.perf_counter
-        self.dtype = torch.bfloat16 if amp(device)._enabled else torch.float32
+        self.dtype = torch.bfloat16 if fast.has_bf16(device) else torch.float32
         self.rate = self.matmul_rate()
 
     def seconds(self, fn):
@@ -294,7 +250,7 @@ class Bench:
     def sampling(self, bench, name, batch, cfg_scale, num_iter=None, **options):
         """The plain path and ours at 100 ancestral steps, then ours at 10 of dpm++."""
         model = self.model(name, **options)
-        head, plain, eager = model.diffloss, Plain(model), model.diffloss.sample
+        plain = Plain(model)
         y = torch.arange(batch, device=self.device) % model.cfg.num_classes
         noise = lambda: ImageNoise(0, range(batch), self.device)
         extra = {"num_iter": num_iter} if num_iter else {}
@@ -304,17 +260,17 @@ class Bench:
                 return plain.mar(y, noise(), 100, num_iter, cfg_scale)
             return plain.ar(y, noise(), 100, cfg_scale)
 
-        def ours(solver, steps, sample):
-            head.sample = sample
-            with amp(self.device):
-                model.generate(y, noise(), cfg_scale, solver=solver, steps=steps, **extra)
+        def ours(solver, steps, drawn):
+            drawn.generate(y, noise(), cfg_scale, solver=solver, steps=steps, **extra)
 
-        ways, fns, flops = {"this": eager}, {"plain": published}, {}
+        ways, fns, flops = {"this": model}, {"plain": published}, {}
+        if fast.has_bf16(self.device):
+            ways["this, bf16"] = fast.low(model)
         if self.device.type == "cuda":
-            ways["this, CUDA graphs"] = graphed(head)
-        for way, sample in ways.items():
-            fns[way] = lambda sample=sample: ours("ddpm", 100, sample)
-            fns[f"{way}, dpm++ 10"] = lambda sample=sample: ours("dpm++", 10, sample)
+            ways["this, CUDA graphs"] = fast.ready(model)
+        for way, drawn in ways.items():
+            fns[way] = lambda drawn=drawn: ours("ddpm", 100, drawn)
+            fns[f"{way}, dpm++ 10"] = lambda drawn=drawn: ours("dpm++", 10, drawn)
         for key in fns:
             steps = 10 if "dpm++" in key else 100
             flops[key] = batch * sampling_flops(model.cfg, steps, num_iter, cfg_scale != 1)

@@ -57,7 +57,7 @@ class Block(nn.Module):
     def attention(self, h, at=None, angles=None):
         """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only -> (B, n, C).
 
-        angles: RoPE's cos and sin, each (B or 1, T, head_dim / 2).
+        angles: RoPE's cos and sin, each (B or 1, T, head_dim).
         """
         heads = lambda z, *n: z.unflatten(-1, (*n, self.n_head, -1))
         if at is None:
@@ -233,6 +233,7 @@ class MAR(Generator):
         if order is None:
             order = noise.rand(N).argsort(1)
         x = torch.zeros(B, N, D, device=y.device) if x is None else x.expand(B, -1, -1)
+        noise = noise.randn((N - n_known) * n_noise, D)
 
         for a, b in self.places(num_iter, n_known):                         # Alg. 1 line 1
             known, pos = order[:, :a], order[:, a:b]                        # (B, a), (B, n)
@@ -246,7 +247,8 @@ class MAR(Generator):
                     on_condition(a + j, c[:, j], refined[:, j])
 
             scale = guidance_at(cfg_schedule or "linear", cfg_scale, b / N)
-            z = noise.randn(n_noise, b - a, D).transpose(0, 1)              # (n_noise, B, n, D)
+            z, noise = noise.tensor_split([(b - a) * n_noise], dim=1)
+            z = z.unflatten(1, (n_noise, b - a)).transpose(0, 1)            # (n_noise, B, n, D)
             x_i = self.diffloss.sample(refined, c_null, scale, z, **sampling)            # line 9
             x = x.scatter(1, pos[..., None].expand(-1, -1, D), x_i)         # line 10
         return x

@@ -30,11 +30,12 @@ from data import image_grid, patchify
 from diffloss import ImageNoise
 from files import (Parser, find_checkpoint, number, run, save_checkpoint, sha256, tensors,
                    write)
-from model import GUIDANCE, amp, load_model, pick_device, set_threads
+from model import GUIDANCE, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps
+LARGE = 5e7             # parameters from which on a CPU may gain by bf16
 HELD = 2 ** 28          # bytes of maps in memory beyond which classes no longer share a batch
 
 
@@ -47,9 +48,17 @@ def draw(model, y, index, seed, refine=None, on_condition=None, **options):
     """
     device = next(model.parameters()).device
     noise = ImageNoise(seed, index, device)
-    with torch.no_grad(), amp(device):
-        return model.generate(y.to(device), noise, refine=refine, on_condition=on_condition,
-                              **options)
+    return fast(model).generate(y.to(device), noise, refine=refine, on_condition=on_condition,
+                                **options)
+
+
+def fast(model):
+    """The model that is drawn from: on a GPU, or if it is large, its equal in bf16 and CUDA graphs
+    (fast.py), kept from call to call; else itself."""
+    if next(model.parameters()).device.type == "cpu" and model.num_params < LARGE:
+        return model
+    import fast
+    return fast.ready(model)
 
 
 def tokens_of(dataset, split="train"):
@@ -71,8 +80,7 @@ def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
     y, parts = torch.full((len(x),), k, device=device), []
     for a, b in zip(x.to(device).split(batch), y.split(batch)):
         given = {} if order is None else {"order": order.expand(len(a), -1), "num_iter": num_iter}
-        with amp(device):
-            parts.append(model.conditions(a, b, **given).float())
+        parts.append(fast(model).conditions(a, b, **given).float())
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 
