@@ -1,8 +1,6 @@
 """The fast paths give what the plain path gives, and bench.py runs. No test looks at a time."""
-import contextlib
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,70 +61,10 @@ def test_training_equals_the_plain_path(name):
         assert (g - grads[1][n]).abs().max() < 1e-5 * max(scale, g.abs().max()), n
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
-def test_a_replayed_graph_sees_new_inputs_and_each_shape_has_its_own(name, monkeypatch):
-    # without a GPU: a stand-in for torch.cuda, whose graphs run what they captured once more, on
-    # the static tensors
-    model, calls, graphs = tiny(name), [], []
-    eager = model.diffloss.sample
-
-    def recorded(*given, **options):
-        calls.append((given, options, eager(*given, **options)))
-        return calls[-1][2]
-
-    class Graph:
-        def replay(self):
-            given, options, out = self.captured
-            out.copy_(eager(*given, **options))
-
-    @contextlib.contextmanager
-    def capture(graph):
-        yield
-        graph.captured = calls[-1]
-        graphs.append(graph)
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for key, value in (("CUDAGraph", Graph), ("graph", capture), ("Stream", lambda: stream),
-                       ("current_stream", lambda: stream),
-                       ("stream", lambda s: contextlib.nullcontext())):
-        monkeypatch.setattr(torch.cuda, key, value)
-
-    def draw(batch, seed, **more):
-        y, noise = torch.arange(batch), ImageNoise(seed, range(batch))
-        return model.generate(y, noise, 3.0, cfg_schedule="linear", solver="ddpm", steps=3, **more)
-
-    options = {"num_iter": 6} if name == "mar-tiny" else {}
-    given = [(2, 0), (3, 0), (2, 1)]
-    want = [draw(*each, **options) for each in given]
-    model.diffloss.sample = recorded
-    model.diffloss.sample = bench.graphed(model.diffloss)
-    got = [draw(*each, **options) for each in given]
-    for a, b in zip(got, want):
-        # the guidance scale is a tensor in a graph: another rounding, magnified as above
-        assert relative(a, b) < 1e-4, "no result is overwritten by a later replay"
-    shapes = {b - a for a, b in model.places(options.get("num_iter"))}
-    assert len(graphs) == 2 * len(shapes), "one for each batch size and number of patches"
-    assert len(calls) == 2 * len(graphs), "run once before, and once while it is captured"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
-def test_cuda_graphs_equal_the_eager_path(name):
-    model, y = tiny(name).cuda(), torch.tensor([3, 1], device="cuda")
-    options = {"num_iter": 6} if name == "mar-tiny" else {}
-    for solver in ("ddpm", "dpm++"):
-        draw = lambda: model.generate(y, ImageNoise(0, range(2), "cuda"), 3.0, solver=solver,
-                                      steps=5, cfg_schedule="linear", **options)
-        want = draw()
-        model.diffloss.sample = bench.graphed(model.diffloss)
-        # TF32 is off; captured, then replayed
-        assert relative(draw(), want) < 1e-4 and relative(draw(), want) < 1e-4
-        del model.diffloss.sample
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Costs that are tested where they live."""
+    monkeypatch.setattr(bench.fast, "has_bf16", lambda device: False)
     for name in ("sampling_flops", "training_flops"):
         monkeypatch.setattr(bench, name, lambda *args: 1e9)
     monkeypatch.setattr(bench.Bench, "matmul_rate", lambda self: 1e9)
