@@ -311,8 +311,9 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
 
     def attention(q, k, v, *mask, dropout_p=0.0, is_causal=False):  # the real one asks the driver
-        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and not mask, "no flash attention"
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1 and q.shape[-1] <= 256
+        flash = q.dtype == k.dtype == v.dtype == torch.bfloat16 and not mask
+        flash &= q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        assert flash or q.shape[-1] > 256, "no flash attention, but for the VAE's one wide head"
         return torch.empty_like(q)
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr("diffloss.on_device", functools.cache(diffloss.on_device.__wrapped__))
