@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 -- train.py ...         the same on 8 GPUs; the batch is shared out
 
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that
-a resumed run equals an uninterrupted one, and 2 processes x batch 8 equal 1 x batch 16 (but for
-dropout's masks).
+a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any order), and 2
+processes x batch 8 equal 1 x batch 16 (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 import copy
@@ -182,9 +182,10 @@ class Muon(torch.optim.Optimizer):
 
         W <- W (1 - lr decay) - scale lr sqrt(max(1, rows / columns)) orthogonal(momentum)
 
-    K. Jordan et al. 2024. torch.optim.Muon (since 2.9) works in bf16, slow on most CPUs, and on one
-    matrix at a time; here matrices of one shape share their products, in fp32. scale: an orthogonal
-    update moves a weight by about 1 / sqrt(columns) of lr, AdamW's by lr; 10 makes up for it.
+    K. Jordan et al. 2024. torch.optim.Muon (since 2.9) works on one matrix at a time; here those of
+    one shape share their products: in bf16 on a GPU, which is enough, in fp32 on a CPU. scale: an
+    orthogonal update moves a weight by about 1 / sqrt(columns) of lr, AdamW's by lr; 10 makes up
+    for it.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95, scale=10.0):
@@ -197,13 +198,16 @@ class Muon(torch.optim.Optimizer):
             lr, beta = group["lr"] * group["scale"], group["momentum"]
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 same = [p for p in group["params"] if p.shape == shape]
-                grads = torch.stack([p.grad for p in same])                  # (n, rows, columns)
-                kept = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
-                average = torch.stack(kept).lerp_(grads, 1 - beta)
-                update = orthogonal(grads.lerp(average, beta)) * max(1, shape[0] / shape[1]) ** 0.5
-                for p, old, new, u in zip(same, kept, average, update):
-                    old.copy_(new)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=lr)
+                for p in same:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                grads, kept = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                torch._foreach_lerp_(kept, grads, 1 - beta)
+                mixed = torch.stack(grads).lerp_(torch.stack(kept), beta)    # (n, rows, columns)
+                update = orthogonal(mixed.bfloat16() if mixed.is_cuda else mixed).to(mixed.dtype)
+                update *= -lr * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, list(update))
 
 
 def orthogonal(g, steps=5):
@@ -233,11 +237,11 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     for j, part in enumerate(index.chunk(args.accumulate)):
         first = step * args.global_batch + mine.start + j * len(part)
         x, y = dataset.train.batch(part, key=(args.seed, first))
-        x = patchify(x, dataset.patch).to(device, non_blocking=True)
+        x, y = (send(z, device) for z in (patchify(x, dataset.patch), y))
         last = j == args.accumulate - 1
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
             given = {name: z[j] for name, z in draws.items()}
-            loss = ddp(x, y.to(device, non_blocking=True), given) / args.accumulate
+            loss = ddp(x, y, given) / args.accumulate
             loss.sum().backward()
         total = total + loss[0].detach()
 
@@ -252,6 +256,11 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return total
+
+
+def send(z, device):
+    """z on the device; from pinned memory a GPU fetches it while the host goes on."""
+    return z if device.type == "cpu" else z.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -271,6 +280,31 @@ def checkpoint_blocks(model):
     for module in model.modules():
         for block in module if isinstance(module, nn.ModuleList) else ():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compiled(ddp):
+    """ddp by torch.compile, or itself, after one line, where that fails (no Triton, no compiler).
+
+    DDP is inside: compiled models are cut at its buckets, so that one's gradients are summed over
+    the processes while those of the next are computed; a compiled model inside DDP would sum all at
+    the end. No graph breaks; ar is compiled once, mar up to four times, as it masks 1, 2 or more.
+    """
+    fast = torch.compile(ddp)
+
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
+            if fast is ddp:
+                raise
+            print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            fast = ddp
+            return ddp(*args)
+    call.no_sync = getattr(ddp, "no_sync", nullcontext)
+    return call
 
 
 # ---------------------------------------------------------------- runs
@@ -434,9 +468,11 @@ def train(model, dataset, args, world):
                   f"{path} has its {first} steps: nothing to train. Raise --steps to go on")
     elif chief:
         save(path, model, ema, optimizers, 0, [], dataset, args)    # shows now that saving works
-    ddp = torch.compile(model) if args.compile else model
+    ddp = model
     if world.size > 1:
-        ddp = DDP(ddp, device_ids=[world.device.index] if world.device.type == "cuda" else None)
+        ddp = DDP(ddp, [world.device.index] if world.device.type == "cuda" else None,
+                  gradient_as_bucket_view=True)
+    ddp = compiled(ddp) if args.compile else ddp
 
     stop = []                                            # signals: finish the step, save, exit 0
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
