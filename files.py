@@ -304,14 +304,21 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py and evaluate.py: lower "
+        "--batch_size, or --m with --refine")
+
+
 def run(main):
-    """Run a program: bad input (ValueError, OSError) is one line on stderr and exit code 2;
-    TRACEBACK=1 shows where."""
+    """Run a program: bad input (ValueError, OSError) and a lack of memory are one line on stderr and
+    exit code 2; TRACEBACK=1 shows where."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        full = (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                or "not enough memory" in str(error))                        # torch's, of a CPU
+        if os.environ.get("TRACEBACK") or isinstance(error, RuntimeError) and not full:
             raise
+        error = f"out of memory ({str(error).split('.')[0]}); {LESS}" if full else error
         # of many processes the first speaks at once; the others, who mostly met the same, wait for
         # torchrun to end them, and speak if nobody did
         rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))

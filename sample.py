@@ -239,7 +239,7 @@ class Refinement:
 
 def code_digest():
     """Of the code that conditions, targets and maps pass through."""
-    names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py")
+    names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py", "fast.py")
     files = [Path(__file__).with_name(name) for name in names]
     return sha256(file.read_bytes() for file in files if file.exists())
 
@@ -309,6 +309,17 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
     return images
 
 
+def images_at_once(model, sampling, most=500):
+    """How many images are drawn at once by default: on a GPU as many as 70 % of the free memory
+    holds, by fast.py's rule. (The images do not depend on it, but for coupled ones.)"""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return most
+    import fast
+    free = torch.cuda.mem_get_info(device)[0] - fast.weight_bytes(model)
+    return min(most, max(1, int(0.7 * free / fast.image_bytes(model, **sampling))))
+
+
 def gather(images, shares, rank):
     """Rank 0 receives into its images (n, H, W, ch) what the others drew: their shares, indices."""
     for r, index in enumerate(shares):
@@ -331,7 +342,8 @@ def parse_args(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
-    add("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
+    add("--batch_size", type=number(int, 1),
+        help="images drawn at once (default: 500, on a GPU at most as many as fit)")
     add("--out", help=".png or .npz (default: sample.png, of latents sample.npz, beside the "
                       "checkpoint)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
@@ -411,7 +423,8 @@ def setup(args):
     elif order:                                          # conditions stay, orders are given
         refinement = Refinement(model, real, sampling, "none", order_of=order_of)
 
-    how = sampling, args.batch_size, refinement
+    batch_size = args.batch_size or (500 if args.coupled else images_at_once(model, sampling))
+    how = sampling, batch_size, refinement
     images = lambda labels, index, seed, tick: draw_images(model, decode, labels, index, seed,
                                                            *how, tick)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,

@@ -19,8 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import diffloss
 import fast
+import files
 import model as models
 import sample
+import train
 from diffloss import ImageNoise
 from model import build, preset
 from ot_refine import MAPS, METHODS, Gaussian, Refiner, stages
@@ -273,6 +275,71 @@ def test_a_model_is_prepared_once_and_anew_when_its_weights_have_changed(monkeyp
     x = draw(model, torch.tensor([1]), [0], 0, steps=2)
     y, noise = torch.tensor([1]), ImageNoise(0, [0])
     assert torch.equal(x, again.generate(y, noise, steps=2)), "draw takes the prepared one"
+
+
+# ================================================================ memory, training
+
+def test_out_of_memory_is_one_line_that_says_what_to_lower_and_other_errors_stay(capsys):
+    def main(error):
+        def fail():
+            raise error
+        return fail
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 72.00 GiB. GPU 0"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
+                  MemoryError("Unable to allocate 9 EiB")):
+        with pytest.raises(SystemExit) as stop:
+            files.run(main(error))
+        said = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and len(said) == 1, said
+        assert "--accumulate" in said[0] and "--batch_size" in said[0]
+    with pytest.raises(RuntimeError, match="a bug"):
+        files.run(main(RuntimeError("a bug")))
+
+
+def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):
+    with torch.device("meta"):
+        model = build(preset("gpt-b"))
+    monkeypatch.setattr(fast, "has_bf16", lambda device: True)
+    free = 20e9 + fast.weight_bytes(model)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 24e9))
+    n = sample.images_at_once(model, dict(cfg_scale=1.5, steps=100))
+    # keys and values alone: 2 branches x 2 x 12 layers x 256 tokens x 768 x 2 bytes
+    kept = sum(z.nbytes for z in fast.low(tiny("gpt-tiny")).empty_cache(
+        2, torch.empty(0, dtype=torch.bfloat16)))
+    assert kept == 2 * 2 * 4 * 16 * 64 * 2 and 200 < n < 0.7 * 20e9 / (2 * 2 * 12 * 256 * 768 * 2)
+    assert sample.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.5 * n
+    free = 0
+    assert sample.images_at_once(model, {}) == 1, "at least one, which may still not fit"
+
+
+def test_the_loss_compiles_without_graph_breaks_and_is_not_compiled_again():
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny("gpt-tiny", n_layer=1, head_depth=1, dropout=0.1).train()
+    loss = torch.compile(model, backend="eager", fullgraph=True)        # raises at a graph break
+    for seed in range(3):
+        draws = model.draw(4, torch.Generator().manual_seed(seed))
+        loss(real(0, 4), torch.arange(4), draws)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(monkeypatch, capsys):
+    def broken(fn):
+        def call(*args):
+            raise RuntimeError("Cannot find a working triton installation\nand more")
+        return call
+    monkeypatch.setattr(torch, "compile", broken)
+    fn = train.compiled(lambda x: x + 1)
+    assert fn(1) == 2 and fn(2) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["--compile is off: Cannot find a working triton installation"]
+
+
+def test_muon_in_bf16_gives_nearly_the_step_of_fp32():
+    g = torch.randn(3, 96, 64, generator=torch.Generator().manual_seed(0))
+    # both are only nearly orthogonal: singular values of .7 to 1.2
+    assert relative(train.orthogonal(g.bfloat16()), train.orthogonal(g)) < 0.05
 
 
 # ================================================================ a CUDA build, no driver
