@@ -12,16 +12,23 @@ Shares are of the matrix-multiply rate of the same process, FLOPs those of plan.
 as soon as it is measured; one that does not fit in memory says so, and the rest goes on.
 """
 import copy
+import functools
 import json
+import math
 import platform
 import re
 import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import fast
 import train as training
@@ -169,6 +176,65 @@ class Plain:
         with torch.no_grad():
             for kept, new in zip(ema.parameters(), self.model.parameters()):
                 kept.mul_(decay).add_(new, alpha=1 - decay)
+
+
+# ---------------------------------------------------------------- counting
+
+class Roofline(TorchDispatchMode):
+    """Kernels, FLOPs and seconds of an H100 that takes for each kernel the longest of its bytes by
+    3 TB/s, its bf16 FLOPs by 790 T/s and 2 us. For tensors on the meta device."""
+    FREE = {"empty", "new_empty", "empty_like", "detach", "_unsafe_view", "lift_fresh"}
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.flops, self.seconds = 0, 0, 0.0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, name = f(*args, **(kwargs or {})), f._schema.name.split("::")[1]
+        if not (f.is_view or name in self.FREE):
+            moved = [z for z in tree_leaves((args, kwargs, out)) if torch.is_tensor(z)]
+            count = flop_registry.get(f._overloadpacket, lambda *args, **kwargs: 0)
+            # of a table that is looked up, or a target that is written, only what is moved
+            moved = moved[1:] if name in ("index", "gather", "embedding", "copy_") else moved
+            self.add(moved, count(*args, **(kwargs or {}), out_val=out))
+        return out
+
+    def add(self, moved, flops):
+        # what is broadcast is read once
+        sizes = [z.element_size() * math.prod(n for n, step in zip(z.shape, z.stride()) if step)
+                 for z in moved]
+        self.kernels, self.flops = self.kernels + 1, self.flops + flops
+        self.seconds += max(sum(sizes) / 3e12, flops / 790e12, 2e-6)
+
+    def attention(self, q, k, v, is_causal=False, dropout_p=0.0):
+        """One fused kernel."""
+        self.add([q, k, v, q], 4 * q.numel() * k.shape[2])
+        return torch.empty_like(q)
+
+
+def roofline(name, batch, num_iter, **sampling):
+    """(kernels of an AR step in the middle of the chain, seconds of the GPU for it, seconds by its
+    FLOPs alone): guided, in bf16, without the kernels that fast.py fuses. Nothing is computed."""
+    norm = lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)  # one on CUDA
+    count = Roofline()
+    with (torch.device("meta"), torch.no_grad(), patch.object(F, "rms_norm", norm),
+          patch.object(F, "scaled_dot_product_attention", count.attention)):
+        model = fast.low(build(preset(name)).eval())
+        cfg, head, places = model.cfg, model.diffloss, model.places(num_iter)
+        head.net.along = functools.partial(head.net.along, rows=4096)
+        a, b = places[len(places) // 2]
+        y, at = torch.zeros(2 * batch, dtype=torch.long), torch.zeros(2 * batch, b).long()
+        x, h = torch.zeros(2 * batch, a, cfg.token_dim), torch.zeros(2 * batch, 1, cfg.n_embd)
+        h, noise = h.bfloat16(), torch.zeros(head.n_noise(**sampling), batch, b - a, cfg.token_dim)
+        caches = model.empty_cache(2 * batch, h) if cfg.kind == "ar" else None
+        with count:
+            if cfg.kind == "ar":
+                model.x_proj(x[:, :1])
+                c = model.next_condition(a, h, caches)[:, None]
+            else:
+                c = model.step_conditions(x, at[:, :a], y, at[:, a:])
+            head.sample(*c.split(batch), 3.0, noise, **sampling)
+    return count.kernels, count.seconds, count.flops / 790e12
 
 
 # ---------------------------------------------------------------- measuring
@@ -338,11 +404,24 @@ class Bench:
                 self.sampling("gpu", name, batch, 3.0, 64 if "mar" in name else None)
         self.train((("mar-l", 64, 16),))
 
+    def roofline(self):
+        """What `gpu` may be expected to measure on an H100, counted."""
+        print("\n| counted, H100 | kernels an AR step | images/s, 4 us a launch | CUDA graphs "
+              "| FLOPs alone |\n" + "|---" * 5 + "|")
+        for name, batch, num_iter in (("gpt-xl", 256, None), ("gpt-xl", 8, None),
+                                      ("mar-b", 256, 64), ("mar-b", 8, 64), ("mar-l", 256, 64)):
+            for solver, steps in (("ddpm", 100), ("dpm++", 10)):
+                kernels, gpu, flops = roofline(name, batch, num_iter, solver=solver, steps=steps)
+                rates = [batch / (num_iter or 256) / t for t in (max(gpu, 4e-6 * kernels), gpu,
+                                                                 flops)]
+                print(f"| {name}, batch {batch}, {solver} {steps} | {kernels} | "
+                      + " | ".join(f"{r:.3g}" for r in rates) + " |", flush=True)
+
 
 # ---------------------------------------------------------------- command line
 
 QUICK = ("tiny", "mar", "train")
-EVERY = (*QUICK, "refine")
+EVERY = (*QUICK, "refine", "roofline")
 
 
 def main():

@@ -39,10 +39,6 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
 
 
-def modulate(x, shift, scale):
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 class ResBlock(nn.Module):
     """x + gate * MLP(gain * LN(x) + shift); shift, gain, gate come from the condition (adaLN)."""
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import sets
 from data import DATASETS, patchify
 from files import Parser, read_checkpoint, run, save_checkpoint
-from diffloss import TimeEmbedding, modulate
+from diffloss import TimeEmbedding
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem
 
@@ -304,6 +304,10 @@ def read_inpaint(args, model, facts, device):
 
 
 # ---------------------------------------------------------------- CDM: the baseline
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, x, 1 + scale)
+
 
 class AdaLNBlock(Block):
     """Block whose norms are modulated and whose branches are gated by the condition (adaLN)."""

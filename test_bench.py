@@ -90,6 +90,21 @@ def test_every_kind_of_measurement_runs_and_says_what_it_measured(quick, tmp_pat
     assert len(printed) == len(b.rows)
 
 
+def test_the_roofline_counts_a_kernel_by_its_bytes_or_its_flops_and_sees_the_whole_step():
+    a, b = (torch.empty(n, n, device="meta", dtype=torch.bfloat16) for n in (64, 8192))
+    for x, seconds in ((a, 2e-6), (b, 2 * 8192 ** 3 / 790e12)):
+        with bench.Roofline() as count:
+            x @ x.T
+        assert (count.kernels, count.flops) == (1, 2 * len(x) ** 3)
+        assert count.seconds == pytest.approx(seconds)
+    with bench.Roofline() as count:
+        b + b[:1]
+    assert count.seconds == pytest.approx((2 * 8192 ** 2 + 8192) * 2 / 3e12)
+    few, more = (bench.roofline(name, 4, 4, solver="dpm++", steps=3)
+                 for name in ("gpt-tiny", "mar-tiny"))
+    assert 80 < few[0] < more[0] < 300 and few[2] > 0, "kernels of an AR step"
+
+
 def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, capsys):
     def too_large():
         raise torch.OutOfMemoryError("72 GiB")

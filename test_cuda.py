@@ -307,7 +307,7 @@ def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):
     kept = sum(z.nbytes for z in fast.low(tiny("gpt-tiny")).empty_cache(
         2, torch.empty(0, dtype=torch.bfloat16)))
     assert kept == 2 * 2 * 4 * 16 * 64 * 2 and 200 < n < 0.7 * 20e9 / (2 * 2 * 12 * 256 * 768 * 2)
-    assert sample.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.5 * n
+    assert sample.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.3 * n
     free = 0
     assert sample.images_at_once(model, {}) == 1, "at least one, which may still not fit"
 
