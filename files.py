@@ -304,13 +304,13 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
-LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py and evaluate.py: lower "
+LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py, evaluate.py: lower "
         "--batch_size, or --m with --refine")
 
 
 def run(main):
-    """Run a program: bad input (ValueError, OSError) and a lack of memory are one line on stderr and
-    exit code 2; TRACEBACK=1 shows where."""
+    """Run a program: bad input (ValueError, OSError) and a lack of memory are one line on stderr
+    and exit code 2; TRACEBACK=1 shows where."""
     try:
         main()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

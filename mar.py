@@ -256,11 +256,11 @@ class MAR(Generator):
     def next_condition(self, x, known, pos, y, guided):
         """c (B, n, C) of positions pos given x at `known`, and that of the null class or None."""
         if not guided:
-            return self.step_conditions(gather(x, known), known, y, pos), None
+            return self.step_conditions(gather(x, known), known, y, pos).float(), None
         twice = lambda z: torch.cat([z, z])
         y = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
         c = self.step_conditions(twice(gather(x, known)), twice(known), y, twice(pos))
-        return c.chunk(2)
+        return c.float().chunk(2)
 
 
 def read_inpaint(args, model, facts, device):

@@ -316,7 +316,7 @@ class AR(Generator):
         z = noise.randn(N, n_noise, self.cfg.token_dim).permute(1, 2, 0, 3)  # (N, n_noise, B, D)
 
         for i in range(N):                                                   # Alg. 1 line 1
-            c, *null = self.next_condition(i, h, caches).split(B)            # line 2
+            c, *null = self.next_condition(i, h, caches).float().split(B)           # line 2
             # place 0 knows the class alone: nothing has drifted
             refined = refine(i, c, y) if refine and i > 0 else c             # lines 3-8
             if on_condition:
