@@ -77,18 +77,16 @@ def weight_bytes(model):
 def image_bytes(model, cfg_scale=1.0, **sampling):
     """About how many bytes drawing takes for each image of a batch.
 
-    Keys and values of all layers (ar) or what one layer computes (mar, cdm: some 14 C a token), for
-    both branches of guidance; the noise of a trajectory at all tokens, of which a step has a copy;
-    the modulations of one evaluation of the head; ten times the fp32 pixels of an image for its way
-    through the VAE.
+    Keys and values of all layers (ar) or what one layer computes (mar, cdm: some 14 C a token) and
+    modulations of the head, for both branches of guidance; noise of all trajectories, twice; of
+    latents ten times the fp32 pixels, for their way through the VAE.
     """
     cfg, head, size = model.cfg, model.diffloss, width(model)
     branches, tokens = 1 + (cfg_scale != 1), cfg.n_tokens + cfg.n_class_tokens * (cfg.kind == "mar")
     layers = 2 * cfg.n_layer if cfg.kind == "ar" else 14
     kept = layers * tokens * cfg.n_embd * size
     mods = 3 * cfg.head_depth * cfg.head_width * size * 2
-    named = ("solver", "steps")
-    noise = head.n_noise(**{k: sampling[k] for k in named if k in sampling})
+    noise = head.n_noise(**sampling)
     pixels = 10 * 4 * 3 * 256 * cfg.n_tokens * (cfg.token_dim == 16)
     return branches * (kept + mods) + 2 * 4 * noise * cfg.n_tokens * cfg.token_dim + pixels
 
