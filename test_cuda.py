@@ -201,6 +201,23 @@ def test_a_training_pass_takes_few_kernels(name, most):
     assert watch.kernels <= most, watch.kernels
 
 
+@every("device_rounds", [False, True])
+def test_products_by_one_dnn_are_taken_where_they_are_exact(device_rounds, monkeypatch):
+    linear, before = F.linear, torch.get_float32_matmul_precision()
+    rounded = lambda x, w: linear(x, w) if x.dtype == torch.float64 else linear(
+        x.bfloat16(), w.bfloat16()).float()
+    if device_rounds:
+        monkeypatch.setattr(F, "linear", rounded)
+    try:
+        fast.exact_products()
+        assert not device_rounds or torch.get_float32_matmul_precision() == "highest"
+        x = torch.randn(200, 768, generator=torch.Generator().manual_seed(1))
+        error = (x @ x.T - x.double() @ x.double().T).norm() / (x.double() @ x.double().T).norm()
+        assert error < 1e-5, "fp32 keeps 24 bits, bf16 would be off by 2e-3"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # ================================================================ graphs, by a stand-in
 
 def stand_in(fails=lambda n: False, spoil=lambda out: out):
