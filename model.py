@@ -332,15 +332,6 @@ class AR(Generator):
 
 # ---------------------------------------------------------------- devices
 
-def amp(device):
-    """bf16 autocast on GPUs that have it; nothing elsewhere (and never fp16)."""
-    if device.type == "cuda":
-        # emulated bf16 (T4, V100, RTX 20) is slower than fp32
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast("cuda", torch.bfloat16, enabled=bf16)
-    return torch.autocast("cpu", enabled=False)
-
-
 def pick_device(name):
     """The torch.device of 'auto', 'cpu', 'cuda', 'cuda:1' ..., which becomes the current one;
     ValueError if it cannot be used. Under torchrun 'auto' and 'cuda' are the process's own GPU."""

@@ -35,7 +35,7 @@ import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
 from files import (Parser, check_space, lock, number, read_checkpoint, run, save_checkpoint,
                    write_text)
-from model import GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, set_threads
+from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
 from sample import draw
 
 # Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
@@ -258,6 +258,15 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     return total
 
 
+def amp(device):
+    """bf16 autocast on GPUs that have it; nothing elsewhere (and never fp16)."""
+    if device.type == "cuda":
+        # emulated bf16 (T4, V100, RTX 20) is slower than fp32
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", torch.bfloat16, enabled=bf16)
+    return torch.autocast("cpu", enabled=False)
+
+
 def send(z, device):
     """z on the device; from pinned memory a GPU fetches it while the host goes on."""
     return z if device.type == "cpu" else z.contiguous().pin_memory().to(device, non_blocking=True)
@@ -287,7 +296,7 @@ def compiled(ddp):
 
     DDP is inside: compiled models are cut at its buckets, so that one's gradients are summed over
     the processes while those of the next are computed; a compiled model inside DDP would sum all at
-    the end. No graph breaks; ar is compiled once, mar up to four times, as it masks 1, 2 or more.
+    the end. No graph breaks; ar is compiled once, mar for none, one and any number of known patches.
     """
     fast = torch.compile(ddp)
 
