@@ -423,8 +423,9 @@ def setup(args):
     elif order:                                          # conditions stay, orders are given
         refinement = Refinement(model, real, sampling, "none", order_of=order_of)
 
-    batch_size = args.batch_size or (500 if args.coupled else images_at_once(model, sampling))
-    how = sampling, batch_size, refinement
+    coupled = refinement and refinement.coupled          # its images depend on the batch
+    size = args.batch_size or (500 if coupled else images_at_once(model, sampling))
+    how = sampling, size, refinement
     images = lambda labels, index, seed, tick: draw_images(model, decode, labels, index, seed,
                                                            *how, tick)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,

@@ -296,7 +296,8 @@ def compiled(ddp):
 
     DDP is inside: compiled models are cut at its buckets, so that one's gradients are summed over
     the processes while those of the next are computed; a compiled model inside DDP would sum all at
-    the end. No graph breaks; ar is compiled once, mar for none, one and any number of known patches.
+    the end. No graph breaks; ar is compiled once, mar once each for none, one and any number of
+    known patches.
     """
     fast = torch.compile(ddp)
 
