@@ -1,6 +1,6 @@
 """What is promised of a CUDA GPU: most of it shown without one.
 
-    any torch                  bf16 by CUDA's rules, waits, counts of kernels, graphs by a stand-in
+    any torch                  bf16 by CUDA's rules, waits, kernels counted, graphs by a stand-in
     a CUDA build, no driver    every path on FakeTensors of device cuda: devices, dtypes, waits
     a GPU                      everything against the CPU, real graphs included
 """
