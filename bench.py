@@ -12,21 +12,29 @@ Shares are of the matrix-multiply rate of the same process, FLOPs those of plan.
 as soon as it is measured; one that does not fit in memory says so, and the rest goes on.
 """
 import copy
+import functools
 import json
+import math
 import platform
 import re
 import statistics
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+import fast
 import train as training
 from files import Parser, number, run
 from diffloss import DiffLoss, ImageNoise, respaced
-from model import amp, build, guidance_at, pick_device, preset
+from model import build, guidance_at, pick_device, preset
 from plan import sampling_flops, training_flops
 from sample import Refinement, draw
 
@@ -100,13 +108,15 @@ class Plain:
         B, N, D = len(y), self.cfg.n_tokens, self.cfg.token_dim
         order, x = noise.rand(N).argsort(1), torch.zeros(B, N, D, device=y.device)
         labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
+        noise = noise.randn(N * (1 + steps), D)
         for a, b in self.model.places(num_iter):
             mask = torch.ones(B, N, dtype=torch.bool, device=y.device)
             mask = mask.scatter(1, order[:, :a], False)
             now = torch.zeros_like(mask).scatter(1, order[:, a:b], True)
             # the noise follows the order, boolean indexing the raster
             raster = order[:, a:b].argsort(1)[None, ..., None].expand(1 + steps, -1, -1, D)
-            z = noise.randn(1 + steps, b - a, D).transpose(0, 1).gather(2, raster).flatten(1, 2)
+            z = noise[:, a * (1 + steps):b * (1 + steps)].unflatten(1, (1 + steps, b - a))
+            z = z.transpose(0, 1).gather(2, raster).flatten(1, 2)
             c = self.mar_conditions(torch.cat([x, x]), torch.cat([mask, mask]), labels)
             c = c[torch.cat([now, now])]                                    # (2 B n, C)
             x[now] = self.trajectory(c, guidance_at("linear", cfg_scale, b / N), z)
@@ -119,10 +129,10 @@ class Plain:
         twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
         labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)]) if guided else y
         h, tokens = m.class_emb(labels)[:, None], []
-        caches = m.empty_cache(len(h), h)
+        caches, noise = m.empty_cache(len(h), h), noise.randn(N, 1 + steps, self.cfg.token_dim)
         for i in range(N):
             c = m.next_condition(i, h, caches)
-            z = noise.randn(1 + steps, self.cfg.token_dim).transpose(0, 1)
+            z = noise[:, i].transpose(0, 1)
             x = self.trajectory(c, cfg_scale if guided else None, z)[:, None]
             tokens.append(x)
             h = m.x_proj(twice(x))
@@ -168,51 +178,63 @@ class Plain:
                 kept.mul_(decay).add_(new, alpha=1 - decay)
 
 
-# ---------------------------------------------------------------- CUDA graphs
+# ---------------------------------------------------------------- counting
 
-def graphed(head):
-    """head.sample, each trajectory captured as one CUDA graph and replayed from then on.
+class Roofline(TorchDispatchMode):
+    """Kernels, FLOPs and seconds of an H100 that takes for each kernel the longest of its bytes by
+    3 TB/s, its bf16 FLOPs by 790 T/s and 2 us. For tensors on the meta device."""
+    FREE = {"empty", "new_empty", "empty_like", "detach", "_unsafe_view", "lift_fresh"}
 
-    Some 40 kernels an evaluation of a small head take longer to launch than to run; a graph
-    launches them all at once. Weights may change in place, but not move.
-        model.diffloss.sample = graphed(model.diffloss)
-    """
-    graphs, eager = {}, head.sample
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.flops, self.seconds = 0, 0, 0.0
 
-    def sample(c, c_null, cfg_scale, noise, **options):
-        def trajectory(noise, c, scale=1.0, c_null=None):
-            return eager(c, c_null, scale, noise, **options)
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out, name = f(*args, **(kwargs or {})), f._schema.name.split("::")[1]
+        if not (f.is_view or name in self.FREE):
+            moved = [z for z in tree_leaves((args, kwargs, out)) if torch.is_tensor(z)]
+            count = flop_registry.get(f._overloadpacket, lambda *args, **kwargs: 0)
+            # of a table that is looked up, or a target that is written, only what is moved
+            moved = moved[1:] if name in ("index", "gather", "embedding", "copy_") else moved
+            self.add(moved, count(*args, **(kwargs or {}), out_val=out))
+        return out
 
-        given = [noise, c]
-        if c_null is not None:                  # a tensor, as it changes along the chain
-            given += [torch.full((), cfg_scale, device=c.device), c_null]
-        return replay(graphs, tuple(options.items()), trajectory, *given)
-    return sample
+    def add(self, moved, flops):
+        # what is broadcast is read once
+        sizes = [z.element_size() * math.prod(n for n, step in zip(z.shape, z.stride()) if step)
+                 for z in moved]
+        self.kernels, self.flops = self.kernels + 1, self.flops + flops
+        self.seconds += max(sum(sizes) / 3e12, flops / 790e12, 2e-6)
+
+    def attention(self, q, k, v, is_causal=False, dropout_p=0.0):
+        """One fused kernel."""
+        self.add([q, k, v, q], 4 * q.numel() * k.shape[2])
+        return torch.empty_like(q)
 
 
-def replay(graphs, key, fn, *inputs):
-    """fn(*inputs) as a CUDA graph, captured when `key` and the shapes are first met, and kept.
-
-    fn must not wait for the device; it runs twice when it is captured.
-    """
-    key = (key, *(z.shape for z in inputs), torch.is_autocast_enabled("cuda"))
-    if key not in graphs:
-        static, side = [z.clone() for z in inputs], torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):           # outside the graph: workspaces, tables, cuBLAS
-            fn(*static)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.clear_autocast_cache()            # bf16 copies of weights are to live in the graph,
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = fn(*static)
-        torch.clear_autocast_cache()            # and there only
-        graphs[key] = graph, static, out
-    graph, static, out = graphs[key]
-    for z, new in zip(static, inputs):
-        z.copy_(new)
-    graph.replay()
-    return out.clone()
+def roofline(name, batch, num_iter, **sampling):
+    """(kernels of an AR step in the middle of the chain, seconds of the GPU for it, seconds by its
+    FLOPs alone): guided, in bf16, without the kernels that fast.py fuses. Nothing is computed."""
+    norm = lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)  # one on CUDA
+    count = Roofline()
+    with (torch.device("meta"), torch.no_grad(), patch.object(F, "rms_norm", norm),
+          patch.object(F, "scaled_dot_product_attention", count.attention)):
+        model = fast.low(build(preset(name)).eval())
+        cfg, head, places = model.cfg, model.diffloss, model.places(num_iter)
+        head.net.along = functools.partial(head.net.along, rows=4096)
+        a, b = places[len(places) // 2]
+        y, at = torch.zeros(2 * batch, dtype=torch.long), torch.zeros(2 * batch, b).long()
+        x, h = torch.zeros(2 * batch, a, cfg.token_dim), torch.zeros(2 * batch, 1, cfg.n_embd)
+        h, noise = h.bfloat16(), torch.zeros(head.n_noise(**sampling), batch, b - a, cfg.token_dim)
+        caches = model.empty_cache(2 * batch, h) if cfg.kind == "ar" else None
+        with count:
+            if cfg.kind == "ar":
+                model.x_proj(x[:, :1])
+                c = model.next_condition(a, h, caches)[:, None]
+            else:
+                c = model.step_conditions(x, at[:, :a], y, at[:, a:])
+            head.sample(*c.split(batch), 3.0, noise, **sampling)
+    return count.kernels, count.seconds, count.flops / 790e12
 
 
 # ---------------------------------------------------------------- measuring
@@ -225,7 +247,7 @@ class Bench:
         # one thread of a CPU: the time that this process had, not that others had
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self.clock = time.process_time if alone else time.perf_counter
-        self.dtype = torch.bfloat16 if amp(device)._enabled else torch.float32
+        self.dtype = torch.bfloat16 if fast.has_bf16(device) else torch.float32
         self.rate = self.matmul_rate()
 
     def seconds(self, fn):
@@ -294,7 +316,7 @@ class Bench:
     def sampling(self, bench, name, batch, cfg_scale, num_iter=None, **options):
         """The plain path and ours at 100 ancestral steps, then ours at 10 of dpm++."""
         model = self.model(name, **options)
-        head, plain, eager = model.diffloss, Plain(model), model.diffloss.sample
+        plain = Plain(model)
         y = torch.arange(batch, device=self.device) % model.cfg.num_classes
         noise = lambda: ImageNoise(0, range(batch), self.device)
         extra = {"num_iter": num_iter} if num_iter else {}
@@ -304,17 +326,17 @@ class Bench:
                 return plain.mar(y, noise(), 100, num_iter, cfg_scale)
             return plain.ar(y, noise(), 100, cfg_scale)
 
-        def ours(solver, steps, sample):
-            head.sample = sample
-            with amp(self.device):
-                model.generate(y, noise(), cfg_scale, solver=solver, steps=steps, **extra)
+        def ours(solver, steps, drawn):
+            drawn.generate(y, noise(), cfg_scale, solver=solver, steps=steps, **extra)
 
-        ways, fns, flops = {"this": eager}, {"plain": published}, {}
+        ways, fns, flops = {"this": model}, {"plain": published}, {}
+        if fast.has_bf16(self.device):
+            ways["this, bf16"] = fast.low(model)
         if self.device.type == "cuda":
-            ways["this, CUDA graphs"] = graphed(head)
-        for way, sample in ways.items():
-            fns[way] = lambda sample=sample: ours("ddpm", 100, sample)
-            fns[f"{way}, dpm++ 10"] = lambda sample=sample: ours("dpm++", 10, sample)
+            ways["this, CUDA graphs"] = fast.ready(model)
+        for way, drawn in ways.items():
+            fns[way] = lambda drawn=drawn: ours("ddpm", 100, drawn)
+            fns[f"{way}, dpm++ 10"] = lambda drawn=drawn: ours("dpm++", 10, drawn)
         for key in fns:
             steps = 10 if "dpm++" in key else 100
             flops[key] = batch * sampling_flops(model.cfg, steps, num_iter, cfg_scale != 1)
@@ -382,11 +404,24 @@ class Bench:
                 self.sampling("gpu", name, batch, 3.0, 64 if "mar" in name else None)
         self.train((("mar-l", 64, 16),))
 
+    def roofline(self):
+        """What `gpu` may be expected to measure on an H100, counted."""
+        print("\n| counted, H100 | kernels an AR step | images/s, 4 us a launch | CUDA graphs "
+              "| FLOPs alone |\n" + "|---" * 5 + "|")
+        for name, batch, num_iter in (("gpt-xl", 256, None), ("gpt-xl", 8, None),
+                                      ("mar-b", 256, 64), ("mar-b", 8, 64), ("mar-l", 256, 64)):
+            for solver, steps in (("ddpm", 100), ("dpm++", 10)):
+                kernels, gpu, flops = roofline(name, batch, num_iter, solver=solver, steps=steps)
+                rates = [batch / (num_iter or 256) / t for t in (max(gpu, 4e-6 * kernels), gpu,
+                                                                 flops)]
+                print(f"| {name}, batch {batch}, {solver} {steps} | {kernels} | "
+                      + " | ".join(f"{r:.3g}" for r in rates) + " |", flush=True)
+
 
 # ---------------------------------------------------------------- command line
 
 QUICK = ("tiny", "mar", "train")
-EVERY = (*QUICK, "refine")
+EVERY = (*QUICK, "refine", "roofline")
 
 
 def main():

@@ -13,7 +13,7 @@ Another objective is another class in OBJECTIVES, with its own `forward` and its
 solver cannot meet an objective that it does not fit.
 """
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -37,10 +37,6 @@ class TimeEmbedding(nn.Module):
         at = torch.arange(128, device=t.device, dtype=torch.float32)
         angle = t.float()[..., None] * torch.exp(-math.log(10000) * at / 128)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1))
-
-
-def modulate(x, shift, scale):
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 class ResBlock(nn.Module):
@@ -145,9 +141,10 @@ class DenoisingMLP(nn.Module):
         return denoise
 
 
-@lru_cache
+@cache
 def on_device(ts, device):
-    """The ints `ts` as a tensor, sent to the device once: a copy would make the host wait."""
+    """The ints `ts` as a tensor, sent to the device once and kept: a copy would make the host wait,
+    and a CUDA graph (fast.py) goes on reading it."""
     return torch.tensor(ts, device=device)
 
 
@@ -425,10 +422,14 @@ class ImageNoise:
     def __len__(self):
         return len(self.streams)
 
+    def draw(self, fill, shape):
+        out = torch.empty(len(self), *shape, device=self.device)
+        for z, g in zip(out, self.streams):
+            fill(z, generator=g)
+        return out
+
     def randn(self, *shape):
-        draw = lambda g: torch.randn(shape, generator=g, device=self.device)
-        return torch.stack([draw(g) for g in self.streams])
+        return self.draw(torch.Tensor.normal_, shape)
 
     def rand(self, *shape):
-        draw = lambda g: torch.rand(shape, generator=g, device=self.device)
-        return torch.stack([draw(g) for g in self.streams])
+        return self.draw(torch.Tensor.uniform_, shape)

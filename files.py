@@ -605,8 +605,10 @@ def lasting(stream):
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
 
 
+LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py, evaluate.py: lower "
+        "--batch_size, or --m with --refine")
 # words in errors that have no class of their own
-MEMORY = "allocate memory|out of memory|size calculation overflow|multiplication overflow"
+MEMORY = "allocate memory|(out of|not enough) memory|(size calculation|multiplication) overflow"
 GONE = "gloo|nccl|store|socket|connect|timed out"
 
 
@@ -616,7 +618,7 @@ def meaning(error):
     if isinstance(error, (ValueError, OSError)):
         return line
     if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
-        return f"out of memory: choose a smaller batch, number or size ({line[:200]})"
+        return f"out of memory: {LESS} ({line[:200]})"
     if many and re.search(GONE, f"{type(error).__name__} {line}", re.I):
         return f"another process of this run ended, or did not answer in time ({line[:200]})"
     return None

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import sets
 from data import DATASETS, patchify
-from diffloss import TimeEmbedding, modulate
+from diffloss import TimeEmbedding
 from files import Parser, check_output, check_weights, read_checkpoint, run, save_checkpoint
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem
@@ -54,7 +54,7 @@ class Block(nn.Module):
     def attention(self, h, at=None, angles=None):
         """Of all tokens of h (B, T, C) to all; with `at` (B, n), of these only -> (B, n, C).
 
-        angles: RoPE's cos and sin, each (B or 1, T, head_dim / 2).
+        angles: RoPE's cos and sin, each (B or 1, T, head_dim).
         """
         heads = lambda z, *n: z.unflatten(-1, (*n, self.n_head, -1))
         if at is None:
@@ -230,6 +230,7 @@ class MAR(Generator):
         if order is None:
             order = noise.rand(N).argsort(1)
         x = torch.zeros(B, N, D, device=y.device) if x is None else x.expand(B, -1, -1)
+        noise = noise.randn((N - n_known) * n_noise, D)
 
         for a, b in self.places(num_iter, n_known):                         # Alg. 1 line 1
             known, pos = order[:, :a], order[:, a:b]                        # (B, a), (B, n)
@@ -243,7 +244,8 @@ class MAR(Generator):
                     on_condition(a + j, c[:, j], refined[:, j])
 
             scale = guidance_at(cfg_schedule or "linear", cfg_scale, b / N)
-            z = noise.randn(n_noise, b - a, D).transpose(0, 1)              # (n_noise, B, n, D)
+            z, noise = noise.tensor_split([(b - a) * n_noise], dim=1)
+            z = z.unflatten(1, (n_noise, b - a)).transpose(0, 1)            # (n_noise, B, n, D)
             x_i = self.diffloss.sample(refined, c_null, scale, z, **sampling)            # line 9
             x = x.scatter(1, pos[..., None].expand(-1, -1, D), x_i)         # line 10
         return x
@@ -251,11 +253,11 @@ class MAR(Generator):
     def next_condition(self, x, known, pos, y, guided):
         """c (B, n, C) of positions pos given x at `known`, and that of the null class or None."""
         if not guided:
-            return self.step_conditions(gather(x, known), known, y, pos), None
+            return self.step_conditions(gather(x, known), known, y, pos).float(), None
         twice = lambda z: torch.cat([z, z])
         y = torch.cat([y, torch.full_like(y, self.cfg.num_classes)])
         c = self.step_conditions(twice(gather(x, known)), twice(known), y, twice(pos))
-        return c.chunk(2)
+        return c.float().chunk(2)
 
 
 def read_inpaint(args, model, facts, device):
@@ -299,6 +301,10 @@ def read_inpaint(args, model, facts, device):
 
 
 # ---------------------------------------------------------------- CDM: the baseline
+
+def modulate(x, shift, scale):
+    return torch.addcmul(shift, x, 1 + scale)
+
 
 class AdaLNBlock(Block):
     """Block whose norms are modulated and whose branches are gated by the condition (adaLN)."""

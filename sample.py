@@ -30,11 +30,12 @@ from data import image_grid, patchify
 from diffloss import ImageNoise
 from files import (Parser, check_fields, check_output, find_checkpoint, join, number, read_torch,
                    run, save_checkpoint, sha256, tensors, write)
-from model import GUIDANCE, amp, load_model, pick_device, set_threads
+from model import GUIDANCE, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps
+LARGE = 5e7             # parameters from which on a CPU may gain by bf16
 HELD = 2 ** 28          # bytes of maps in memory beyond which classes no longer share a batch
 
 
@@ -46,10 +47,17 @@ def draw(model, y, index, seed, refine=None, on_condition=None, **options):
     refine, on_condition and options (guidance, solver, steps ...): see the model's `generate`.
     """
     device = next(model.parameters()).device
-    noise = ImageNoise(seed, index, device)
-    with torch.no_grad(), amp(device):
-        return model.generate(y.to(device), noise, refine=refine, on_condition=on_condition,
-                              **options)
+    noise, quick = ImageNoise(seed, index, device), quickest(model)
+    return quick.generate(y.to(device), noise, refine=refine, on_condition=on_condition, **options)
+
+
+def quickest(model):
+    """What is drawn from: on a GPU, or if it is large, the model in bf16 and CUDA graphs (fast.py),
+    kept from call to call; else itself."""
+    if next(model.parameters()).device.type == "cpu" and model.num_params < LARGE:
+        return model
+    import fast
+    return fast.ready(model)
 
 
 def tokens_of(dataset, split="train"):
@@ -71,8 +79,7 @@ def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
     y, parts = torch.full((len(x),), k, device=device), []
     for a, b in zip(x.to(device).split(batch), y.split(batch)):
         given = {} if order is None else {"order": order.expand(len(a), -1), "num_iter": num_iter}
-        with amp(device):
-            parts.append(model.conditions(a, b, **given).float())
+        parts.append(quickest(model).conditions(a, b, **given).float())
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 
@@ -230,7 +237,7 @@ class Refinement:
 
 def code_digest():
     """Of the code that conditions, targets and maps pass through."""
-    names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py")
+    names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py", "fast.py")
     files = [Path(__file__).with_name(name) for name in names]
     return sha256(file.read_bytes() for file in files if file.exists())
 
@@ -300,6 +307,17 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
     return images
 
 
+def images_at_once(model, sampling, most=500):
+    """How many images are drawn at once by default: on a GPU as many as 70 % of the free memory
+    holds, by fast.py's rule. (The images do not depend on it, but for coupled ones.)"""
+    device = next(model.parameters()).device
+    if device.type == "cpu":
+        return most
+    import fast
+    free = torch.cuda.mem_get_info(device)[0] - fast.weight_bytes(model)
+    return min(most, max(1, int(0.7 * free / fast.image_bytes(model, **sampling))))
+
+
 def gather(images, shares, rank):
     """Rank 0 receives into its images (n, H, W, ch) what the others drew: their shares, indices."""
     for r, index in enumerate(shares):
@@ -322,7 +340,8 @@ def parse_args(argv=None):
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
-    add("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
+    add("--batch_size", type=number(int, 1),
+        help="images drawn at once (default: 500, on a GPU at most as many as fit)")
     add("--out", help=".png or .npz (default: sample.png, of latents sample.npz, beside the "
                       "checkpoint)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
@@ -402,7 +421,9 @@ def setup(args):
     elif order:                                          # conditions stay, orders are given
         refinement = Refinement(model, real, sampling, "none", order_of=order_of)
 
-    how = sampling, args.batch_size, refinement
+    coupled = refinement and refinement.coupled          # its images depend on the batch
+    size = args.batch_size or (500 if coupled else images_at_once(model, sampling))
+    how = sampling, size, refinement
     images = lambda labels, index, seed, tick: draw_images(model, decode, labels, index, seed,
                                                            *how, tick)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,

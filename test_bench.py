@@ -1,8 +1,6 @@
 """The fast paths give what the plain path gives, and bench.py runs. No test looks at a time."""
-import contextlib
 import json
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,70 +61,10 @@ def test_training_equals_the_plain_path(name):
         assert (g - grads[1][n]).abs().max() < 1e-5 * max(scale, g.abs().max()), n
 
 
-@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
-def test_a_replayed_graph_sees_new_inputs_and_each_shape_has_its_own(name, monkeypatch):
-    # without a GPU: a stand-in for torch.cuda, whose graphs run what they captured once more, on
-    # the static tensors
-    model, calls, graphs = tiny(name), [], []
-    eager = model.diffloss.sample
-
-    def recorded(*given, **options):
-        calls.append((given, options, eager(*given, **options)))
-        return calls[-1][2]
-
-    class Graph:
-        def replay(self):
-            given, options, out = self.captured
-            out.copy_(eager(*given, **options))
-
-    @contextlib.contextmanager
-    def capture(graph):
-        yield
-        graph.captured = calls[-1]
-        graphs.append(graph)
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for key, value in (("CUDAGraph", Graph), ("graph", capture), ("Stream", lambda: stream),
-                       ("current_stream", lambda: stream),
-                       ("stream", lambda s: contextlib.nullcontext())):
-        monkeypatch.setattr(torch.cuda, key, value)
-
-    def draw(batch, seed, **more):
-        y, noise = torch.arange(batch), ImageNoise(seed, range(batch))
-        return model.generate(y, noise, 3.0, cfg_schedule="linear", solver="ddpm", steps=3, **more)
-
-    options = {"num_iter": 6} if name == "mar-tiny" else {}
-    given = [(2, 0), (3, 0), (2, 1)]
-    want = [draw(*each, **options) for each in given]
-    model.diffloss.sample = recorded
-    model.diffloss.sample = bench.graphed(model.diffloss)
-    got = [draw(*each, **options) for each in given]
-    for a, b in zip(got, want):
-        # the guidance scale is a tensor in a graph: another rounding, magnified as above
-        assert relative(a, b) < 1e-4, "no result is overwritten by a later replay"
-    shapes = {b - a for a, b in model.places(options.get("num_iter"))}
-    assert len(graphs) == 2 * len(shapes), "one for each batch size and number of patches"
-    assert len(calls) == 2 * len(graphs), "run once before, and once while it is captured"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
-def test_cuda_graphs_equal_the_eager_path(name):
-    model, y = tiny(name).cuda(), torch.tensor([3, 1], device="cuda")
-    options = {"num_iter": 6} if name == "mar-tiny" else {}
-    for solver in ("ddpm", "dpm++"):
-        draw = lambda: model.generate(y, ImageNoise(0, range(2), "cuda"), 3.0, solver=solver,
-                                      steps=5, cfg_schedule="linear", **options)
-        want = draw()
-        model.diffloss.sample = bench.graphed(model.diffloss)
-        # TF32 is off; captured, then replayed
-        assert relative(draw(), want) < 1e-4 and relative(draw(), want) < 1e-4
-        del model.diffloss.sample
-
-
 @pytest.fixture
 def quick(monkeypatch):
     """Costs that are tested where they live."""
+    monkeypatch.setattr(bench.fast, "has_bf16", lambda device: False)
     for name in ("sampling_flops", "training_flops"):
         monkeypatch.setattr(bench, name, lambda *args: 1e9)
     monkeypatch.setattr(bench.Bench, "matmul_rate", lambda self: 1e9)
@@ -150,6 +88,21 @@ def test_every_kind_of_measurement_runs_and_says_what_it_measured(quick, tmp_pat
     assert all(r["seconds"] > 0 and r["ratio"] > 0 for r in b.rows)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(printed) == len(b.rows)
+
+
+def test_the_roofline_counts_a_kernel_by_its_bytes_or_its_flops_and_sees_the_whole_step():
+    a, b = (torch.empty(n, n, device="meta", dtype=torch.bfloat16) for n in (64, 8192))
+    for x, seconds in ((a, 2e-6), (b, 2 * 8192 ** 3 / 790e12)):
+        with bench.Roofline() as count:
+            x @ x.T
+        assert (count.kernels, count.flops) == (1, 2 * len(x) ** 3)
+        assert count.seconds == pytest.approx(seconds)
+    with bench.Roofline() as count:
+        b + b[:1]
+    assert count.seconds == pytest.approx((2 * 8192 ** 2 + 8192) * 2 / 3e12)
+    few, more = (bench.roofline(name, 4, 4, solver="dpm++", steps=3)
+                 for name in ("gpt-tiny", "mar-tiny"))
+    assert 80 < few[0] < more[0] < 300 and few[2] > 0, "kernels of an AR step"
 
 
 def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, capsys):

@@ -162,15 +162,6 @@ def test_the_null_class_is_num_classes_for_any_number_of_classes(num_classes):
     assert dropped.tolist() == [num_classes, 0]
 
 
-@every("dtype", [torch.float32, torch.bfloat16])
-def test_keys_and_values_are_kept_in_the_dtype_in_which_they_are_computed(dtype):
-    m, caches = tiny(), []
-    m.blocks[0].register_forward_pre_hook(lambda block, args: caches.append(args[3]))
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        x = m.generate(torch.tensor([1, 4]), ImageNoise(0, range(2)), 2.0, steps=2)
-    assert len(caches) == 16 and all(c.dtype == dtype for c in caches) and x.isfinite().all()
-
-
 def test_what_a_condition_reveals_is_t_inverse_of_its_patch_which_trains_without_it():
     m, c, pos = tiny(), randn(3, 64, seed=1).requires_grad_(), torch.tensor([2, 5, 9])
     m.inverse.loss(randn(3, 4), pos, c).backward()
@@ -571,6 +562,8 @@ def test_a_map_without_fit_and_conditions_that_are_not_finite_are_refused(monkey
 @every("interface", ["old", "new"])
 def test_the_solver_computes_in_fp32_and_gives_torch_its_settings_back(interface):
     matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has only the older interface to TF32")
     before = matmul.fp32_precision
     try:
         if interface == "old":

@@ -411,15 +411,15 @@ def test_golden_schedule(golden):
 
 
 class ScriptedNoise:
-    """The noise of a table (B, N, draws, D) by position, in the order in which these are filled."""
+    """The noise of a table (B, N, draws, D) by position, that of one AR step after the other."""
 
-    def __init__(self, table, order):
-        self.table, self.order, self.filled = table, order, 0
+    def __init__(self, table, order, places):
+        self.table, self.order, self.places = table, order, places
 
-    def randn(self, n_noise, n, D):
-        pos = self.order[:, self.filled:self.filled + n]
-        self.filled += n
-        return self.table[torch.arange(len(pos))[:, None], pos].transpose(1, 2)
+    def randn(self, n, D):
+        at = torch.arange(len(self.order))[:, None]
+        steps = [self.table[at, self.order[:, a:b]].transpose(1, 2) for a, b in self.places]
+        return torch.cat([z.flatten(1, 2) for z in steps], dim=1)
 
 
 class LiteralMAR:
@@ -528,8 +528,9 @@ def test_a_whole_latent_of_mar_is_that_of_its_literal_loop(golden, num_iter):
     N, y = cfg.n_tokens, torch.tensor([0, 1])
     orders = torch.stack([torch.randperm(N, generator=gen(k)) for k in range(2)])
     table = torch.randn(2, N, 1 + steps, cfg.token_dim, generator=gen())
-    got = golden.model.generate(y, ScriptedNoise(table, orders.flip(1)), scale, num_iter=num_iter,
-                                order=orders.flip(1), steps=steps, temperature=temperature)
+    noise = ScriptedNoise(table, orders.flip(1), golden.model.places(num_iter))
+    got = golden.model.generate(y, noise, scale, num_iter=num_iter, order=orders.flip(1),
+                                steps=steps, temperature=temperature)
     want, exact = (LiteralMAR(golden.weights, cfg, dtype).sample(
         y, orders, table, num_iter or N, scale, temperature)
         for dtype in (torch.float32, torch.float64))

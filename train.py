@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 8 -- train.py ...         the same on 8 GPUs; the batch is shared out
 
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that
-a resumed run equals an uninterrupted one, and 2 processes x batch 8 equal 1 x batch 16 (but for
-dropout's masks).
+a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any order), and 2
+processes x batch 8 equal 1 x batch 16 (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 import copy
@@ -35,7 +35,7 @@ import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
 from files import (NAMES, Parser, check_space, finite, join, lock, number, on_signal, plot_loss,
                    read_checkpoint, run, save_run, tensors, write, write_records)
-from model import GUIDANCE, PRESETS, Config, amp, build, pick_device, preset, set_threads
+from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
 from sample import draw
 
 # Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
@@ -138,7 +138,7 @@ class World:
     def wrap(self, model):
         """The model whose gradients are averaged over the ranks."""
         own = [self.device.index] if self.device.type == "cuda" else None
-        return DDP(model, device_ids=own) if self.size > 1 else model
+        return (DDP(model, own, gradient_as_bucket_view=True) if self.size > 1 else model)
 
     def mean(self, *values):
         """The mean of each value over the ranks, as floats."""
@@ -187,9 +187,10 @@ class Muon(torch.optim.Optimizer):
 
         W <- W (1 - lr decay) - scale lr sqrt(max(1, rows / columns)) orthogonal(momentum)
 
-    K. Jordan et al. 2024. torch.optim.Muon (since 2.9) works in bf16, slow on most CPUs, and on one
-    matrix at a time; here matrices of one shape share their products, in fp32. scale: an orthogonal
-    update moves a weight by about 1 / sqrt(columns) of lr, AdamW's by lr; 10 makes up for it.
+    K. Jordan et al. 2024. torch.optim.Muon (since 2.9) works on one matrix at a time; here those of
+    one shape share their products: in bf16 on a GPU, which is enough, in fp32 on a CPU. scale: an
+    orthogonal update moves a weight by about 1 / sqrt(columns) of lr, AdamW's by lr; 10 makes up
+    for it.
     """
 
     def __init__(self, matrices, lr, weight_decay, momentum=0.95, scale=10.0):
@@ -202,13 +203,16 @@ class Muon(torch.optim.Optimizer):
             lr, beta = group["lr"] * group["scale"], group["momentum"]
             for shape in dict.fromkeys(p.shape for p in group["params"]):
                 same = [p for p in group["params"] if p.shape == shape]
-                grads = torch.stack([p.grad for p in same])                  # (n, rows, columns)
-                kept = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in same]
-                average = torch.stack(kept).lerp_(grads, 1 - beta)
-                update = orthogonal(grads.lerp(average, beta)) * max(1, shape[0] / shape[1]) ** 0.5
-                for p, old, new, u in zip(same, kept, average, update):
-                    old.copy_(new)
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(u, alpha=lr)
+                for p in same:
+                    if "momentum" not in self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                grads, kept = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+                torch._foreach_lerp_(kept, grads, 1 - beta)
+                mixed = torch.stack(grads).lerp_(torch.stack(kept), beta)    # (n, rows, columns)
+                update = orthogonal(mixed.bfloat16() if mixed.is_cuda else mixed).to(mixed.dtype)
+                update *= -lr * max(1, shape[0] / shape[1]) ** 0.5
+                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(same, list(update))
 
 
 def orthogonal(g, steps=5):
@@ -238,11 +242,11 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     for j, part in enumerate(index.chunk(args.accumulate)):
         first = step * args.global_batch + mine.start + j * len(part)
         x, y = dataset.train.batch(part, key=(args.seed, first))
-        x = patchify(x, dataset.patch).to(device, non_blocking=True)
+        x, y = (send(z, device) for z in (patchify(x, dataset.patch), y))
         last = j == args.accumulate - 1
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
             given = {name: z[j] for name, z in draws.items()}
-            loss = ddp(x, y.to(device, non_blocking=True), given) / args.accumulate
+            loss = ddp(x, y, given) / args.accumulate
             loss.sum().backward()
         total = total + loss[0].detach()
 
@@ -257,6 +261,20 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     return total
+
+
+def amp(device):
+    """bf16 autocast on GPUs that have it; nothing elsewhere (and never fp16)."""
+    if device.type == "cuda":
+        # emulated bf16 (T4, V100, RTX 20) is slower than fp32
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.autocast("cuda", torch.bfloat16, enabled=bf16)
+    return torch.autocast("cpu", enabled=False)
+
+
+def send(z, device):
+    """z on the device; from pinned memory a GPU fetches it while the host goes on."""
+    return z if device.type == "cpu" else z.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -276,6 +294,32 @@ def checkpoint_blocks(model):
     for module in model.modules():
         for block in module if isinstance(module, nn.ModuleList) else ():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compiled(ddp):
+    """ddp by torch.compile, or itself, after one line, where that fails (no Triton, no compiler).
+
+    DDP is inside: compiled models are cut at its buckets, so that one's gradients are summed over
+    the processes while those of the next are computed; a compiled model inside DDP would sum all at
+    the end. No graph breaks; ar is compiled once, mar once each for none, one and any number of
+    known patches.
+    """
+    fast = torch.compile(ddp)
+
+    def call(*args):
+        nonlocal fast
+        try:
+            return fast(*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
+            if fast is ddp:
+                raise
+            print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            fast = ddp
+            return ddp(*args)
+    call.no_sync = getattr(ddp, "no_sync", nullcontext)
+    return call
 
 
 # ---------------------------------------------------------------- runs
@@ -431,7 +475,8 @@ def train(model, dataset, args, world):
     out = Path(args.out_dir)
     path = next((out / name for name in NAMES if (out / name).exists()), out / "ckpt.pt")
     first, records = begin(path, parts, dataset, args, world)
-    ddp = world.wrap(torch.compile(model) if args.compile else model)
+    ddp = world.wrap(model)
+    ddp = compiled(ddp) if args.compile else ddp
 
     losses, look, began, stopping = deque(maxlen=20), first, (first, time.perf_counter()), 0
     with on_signal(stop.append), tqdm(                   # finish the step, save, exit 0
