@@ -378,6 +378,8 @@ class Judge:
 def read_images(z, path):
     """arr_0 and arr_1 as ADM writes them: images uint8 (n, H, W, C), labels (n,) or None."""
     x, y = checked_images(z, path, "arr_0", "arr_1")
+    if y is not None and y.max() >= 2 ** 20:
+        raise ValueError(f"{path} has labels up to {y.max()}; expected class numbers from 0 up")
     return torch.from_numpy(x), None if y is None else torch.from_numpy(y)
 
 

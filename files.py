@@ -293,7 +293,7 @@ def checked_images(z, path, images, labels):
     x, y = z.get(images), z.get(labels)
     good = x is not None and x.dtype == np.uint8 and x.ndim == 4 and x.shape[3] in (1, 3) and x.size
     if good and y is not None:
-        good = y.shape == (len(x),) and y.dtype.kind in "iu" and 0 <= y.min() <= y.max() < 2 ** 31
+        good = y.shape == (len(x),) and y.dtype.kind in "iu" and y.min() >= 0
     if not good:
         found = ", ".join(f"{k} {a.dtype} {a.shape}" for k, a in z.items()) or "nothing"
         raise ValueError(f"{path} holds {found}; expected {images}, images uint8 (N, H, W, 1 or "
