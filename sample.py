@@ -127,10 +127,10 @@ class Refinement:
     K: int = 2
     eta: float = 2.0
     coupled: bool = False
-    m: int = 500                    # reference images of a class, at most
+    m: int = 2000                   # reference images of a class, at most
     reg: float = 0.2                # entropic weight, as a fraction of the mean cost
     rank: int | None = None         # directions of transport; None: a quarter of C, 0: all
-    n_cal: int | None = None        # images that calibrate a class; None: 2 m, at least 200
+    n_cal: int | None = None        # images that calibrate a class; None: 2 m, 200 to 1000
     lam: float = 0.0                # weight of the inverse-process term
     seed: int = 0                   # of the calibration's noise and of mar's orders
     folder: Path | None = None      # where targets and maps are kept
@@ -200,7 +200,7 @@ class Refinement:
             return refiner
 
         def calibrate():
-            n = self.n_cal or max(200, 2 * targets.shape[1])
+            n = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
             given = {} if order is None else {"order": order.expand(n, -1)}
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n),
                  -1 - self.seed,                               # the noise of no image
@@ -367,7 +367,7 @@ def parse_args(argv=None):
     add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
     add("--eta", type=number(float, 0, 1e6), default=2.0,
         help="with --refine: step size; larger: more fidelity, less variety")
-    add("--m", type=number(int, 1), default=500,
+    add("--m", type=number(int, 1), default=2000,
         help="with --refine: reference images of a class, at most")
     add("--data_dir", help="with --refine: where the reference images (or their latent cache) are "
                            "now (default: as in training)")

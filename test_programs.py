@@ -194,6 +194,16 @@ def test_targets_and_maps_are_kept_and_used_again(tmp_path, monkeypatch):
     assert seeds == [-1], "the one calibration has noise that no image of a --seed has"
 
 
+@every("references, drawn", [(20, 200), (300, 600), (600, 1000)])
+def test_a_calibration_draws_two_images_a_reference_within_200_and_1000(references, drawn):
+    real = lambda k, m: BANK[0].repeat(20, 1, 1)[:min(m, references)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "draw", lambda model, y, *a, **kw: counts.append(len(y)))
+        counts, how = [], {"solver": "ddim", "steps": 2}
+        sample.Refinement(MODEL, real, how, "gaussian").of(3)
+    assert counts == [drawn]
+
+
 @slack
 @every("changes, reason, references", [
     (dict(cfg_scale=2.0), "maps in .* were made for another sampling", False),
