@@ -127,7 +127,7 @@ class Refinement:
     K: int = 2
     eta: float = 2.0
     coupled: bool = False
-    m: int = 2000                   # reference images of a class, at most
+    m: int = 500                    # reference images of a class, at most
     reg: float = 0.2                # entropic weight, as a fraction of the mean cost
     rank: int | None = None         # directions of transport; None: a quarter of C, 0: all
     n_cal: int | None = None        # images that calibrate a class; None: 2 m, 200 to 1000
@@ -367,7 +367,7 @@ def parse_args(argv=None):
     add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
     add("--eta", type=number(float, 0, 1e6), default=2.0,
         help="with --refine: step size; larger: more fidelity, less variety")
-    add("--m", type=number(int, 1), default=2000,
+    add("--m", type=number(int, 1), default=500,
         help="with --refine: reference images of a class, at most")
     add("--data_dir", help="with --refine: where the reference images (or their latent cache) are "
                            "now (default: as in training)")
