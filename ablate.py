@@ -1,15 +1,14 @@
-"""The ablation: every part of the method, one row each, on the same models, seeds and images.
+"""The evidence: the questions that a sceptic would ask, one command each.
 
-    python ablate.py --ar out/ar --mar out/mar --cdm out/cdm                 25 rows, ten minutes
-    python ablate.py --ar out/ar --mar out/mar --cdm out/cdm --profile full  every row, hours
-    python ablate.py --ar out/ar --only parts "steps: dpm++ 10"              some rows
+    python ablate.py parts --ar out/fashion                 what does the work?
+    python ablate.py cheaper --ar out/fashion out/longer    would a cheaper fix do the same?
+    python ablate.py train noise --dataset mnist ...        train.py with a rival's objective
 
-`ablation` lists the rows. To try something, add a line to it; a row may change any option of
-`generate` (sampling) and of sample.Refinement (refine), its hooks included. --out_dir receives
-rows.jsonl, a line for each finished row and seed, table.csv and figures. To go on after a stop, run
-the same command again: a result is known by all that it depends on, code and weights included.
-
-The rivals of optimal transport are below: maps of the same `fit` interface as those of ot_refine.
+QUESTIONS lists them: functions that return rows. To try something, add a row; it may change any
+option of `generate` (sampling) and of sample.Refinement (refine), and use what rivals.py has.
+--out_dir receives rows.jsonl, a line for each finished row and seed, and of each question a table
+(.csv, .md) and a figure. To go on after a stop, run the same command again: a result is known by
+all that it depends on.
 """
 import csv
 import functools
@@ -17,8 +16,9 @@ import inspect
 import io
 import json
 import math
+import sys
 import time
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -28,284 +28,248 @@ from tqdm import tqdm
 
 import data as datasets
 import evaluate
-import ot_refine
+import rivals
 import sample
+from data import image_grid
+from evaluate import MIN_IMAGES, extract, mean_std, warn
 from files import Parser, number, read_lines, run, write_text
-from diffloss import ImageNoise
-from evaluate import MIN_IMAGES, Judge, make_extractor, mean_std, real_images, sliced_w2, warn
 from model import GUIDANCE, KINDS
-from ot_refine import sq_cost
+from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,
+                    shuffled, tuning, whole_trajectory)
 from sample import Refinement, draw_images, raster_order, tokens_of
 
 
-# ---------------------------------------------------------------- the rivals: other maps
-
-@dataclass
-class Mean:
-    """T(z) = z + mean of the targets - mean of the conditions."""
-    shift: torch.Tensor         # (C,)
-
-    @classmethod
-    def fit(cls, c, target, reg=None):
-        return cls(target.mean(0) - c.mean(0))
-
-    def __call__(self, z):
-        return z + self.shift
-
-
-@dataclass
-class MeanVar:
-    """Mean and variance of each direction are matched, on their own."""
-    mean: torch.Tensor          # (C,)
-    scale: torch.Tensor         # (C,)
-    to: torch.Tensor            # (C,)
-
-    @classmethod
-    def fit(cls, c, target, reg=None):
-        n, m, s, t = len(c), len(target), *(len(z) * z.var(0, correction=0) for z in (c, target))
-        # one more observation of each: n = 1 is a mean shift, no variance is 0
-        both = (s + t) / max(n + m - 2, 1) + 1e-30
-        return cls(c.mean(0), ((t + both) * n / ((s + both) * m)).sqrt(), target.mean(0))
-
-    def __call__(self, z):
-        return self.to + (z - self.mean) * self.scale
-
-
-@dataclass
-class EMA:
-    """Every condition becomes one ideal one: a running mean over the targets, decay .99."""
-    ideal: torch.Tensor         # (C,)
-
-    @classmethod
-    def fit(cls, c, target, reg=None):
-        w = 0.99 ** torch.arange(len(target) - 1, -1, -1, device=c.device, dtype=c.dtype)
-        return cls(w @ target / w.sum())
-
-    def __call__(self, z):
-        return self.ideal.expand_as(z)
-
-
-@dataclass
-class Nearest:
-    """Each condition becomes the mean of its five nearest targets: a bank without transport."""
-    target: torch.Tensor        # (m, C)
-
-    @classmethod
-    def fit(cls, c, target, reg=None):
-        return cls(target)
-
-    def __call__(self, z):
-        near = sq_cost(z, self.target).topk(min(5, len(self.target)), largest=False).indices
-        return self.target[near].mean(1)
-
-
-RIVALS = {"mean": Mean, "meanvar": MeanVar, "ema": EMA, "nearest": Nearest}
-ot_refine.MAPS.update(RIVALS)
-ot_refine.METHODS = ("none", "default", *ot_refine.MAPS)
-
-
-# ---------------------------------------------------------------- the literal algorithm, controls
-
-def whole_trajectory(model, order, seed=0, steps=25):
-    """inverse(i, c) of the paper's literal Algorithm 1: a DDIM trajectory inside each of its K
-    steps, from one fixed noise a place; by default sample.revealed makes one evaluation."""
-    cfg, device = model.cfg, next(model.parameters()).device
-    if not cfg.inverse:
-        raise ValueError("lam > 0 needs T^-1, but this model was trained with inverse=0")
-    order = torch.arange(cfg.n_tokens, device=device) if order is None else order
-    z = ImageNoise(-1 - seed, [0], device).randn(cfg.n_tokens, cfg.token_dim)[0]         # (N, D)
-
-    def inverse(i, c):
-        x = model.diffloss.sample(c, None, 1.0, z[i].expand(1, len(c), -1), "ddim", steps)
-        return model.inverse(x, order[i].expand(len(c)))
-
-    return inverse
-
-
-def shuffled(refinement, seed, refine, y, index):
-    """A control: each image is moved by the displacement of another of its class in the batch: as
-    far, but not where transport leads."""
-    chance = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    other = torch.empty_like(chance)
-    other[y.argsort(stable=True)] = chance[y[chance].argsort(stable=True)]
-    return lambda i, c, y: c + (refine(i, c, y) - c)[other.to(c.device)]
-
-
-def ideal(refinement, seed, refine, y, index):
-    """An oracle: each image is drawn under the ideal conditions of a real one of its class. Not
-    for guidance, whose other branch would follow the images drawn."""
-    K = refinement.model.cfg.num_classes
-    real = {k: refinement.conditions(k, refinement.m)[0] for k in y.unique().tolist()}
-    one = lambda k, j: real[k][:, (j // K + 97 * seed) % real[k].shape[1]]                # (N, C)
-    c = torch.stack([one(k, j) for k, j in zip(y.tolist(), index.tolist())], 1)
-    return lambda i, c_drawn, y: c[i].to(c_drawn.dtype)
-
-
-# ---------------------------------------------------------------- the rows
+# ---------------------------------------------------------------- the questions
 
 class Row(NamedTuple):
-    """One line of the ablation. Rows of equal options share their results."""
-    group: str
+    """One line of a table. Rows of equal options share their results."""
+    group: str                          # of a figure: the axis, if x is given
     name: str
     refine: dict | None = None          # options of sample.Refinement, where they differ
     sampling: dict = {}                 # options of `generate`, where they differ
     model: str = "ar"
     x: float | None = None              # place on the group's axis, if it is a curve
     line: str = "refined"               # which of the group's curves
-    control: Callable | None = None     # (refinement, seed, refine, y, index) -> another refine
-    at_once: int = 0                    # images drawn at once; 0: --batch_size
+    control: Callable | None = None
+    fix: tuple | None = None            # (function, value)
+    at_once: int = 0                    # images of a class drawn at once; 0: as --batch_size allows
+    recalibrate: bool = False           # each seed has a calibration of its own
 
 
-GUIDED = dict(cfg_scale=GUIDANCE)
+SPEED = "images a second"               # the axis of a frontier, measured and not given
+FREE = dict(cfg_scale=1.0)
 WHOLE = dict(K=1, eta=math.inf)
 SAME = dict(method="none")              # conditions stay, but mar draws a class in one order
-PARTS = {
-    "none": None, "mean": dict(method="mean", **WHOLE), "gaussian": dict(method="gaussian"),
-    "sinkhorn": dict(method="sinkhorn"), "gaussian, sinkhorn (default)": {},
-    "default, coupled": dict(coupled=True), "displacements shuffled": {}, "ideal conditions": SAME}
-CONTROLS = {"displacements shuffled": shuffled, "ideal conditions": ideal}
-RIVAL = {name: dict(method=name, **WHOLE) for name in ("meanvar", "ema", "nearest")}
-BIASED = {"sinkhorn, biased": dict(method="biased")}
+BOTH = {"none": None, "refined": {}}
+MAIN = {"none": None, "mean": dict(method="mean", **WHOLE), "gaussian": dict(method="gaussian"),
+        "sinkhorn": dict(method="sinkhorn"), "gaussian, sinkhorn (default)": {},
+        "default, coupled": dict(coupled=True)}
 LITERAL = dict(method="sinkhorn", K=2, eta=0.5, lam=0.1, coupled=True, inverse_of=whole_trajectory)
-INVERSE = {                             # full profile only
-    # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1
-    "inverse term alone": dict(method="mean", K=1, eta=5e-4, lam=1000.0),
-    "default, lam = 0.1": dict(lam=0.1)}
-SWEEPS = {                              # option of Refinement: (quick, more in full)
-    "K": ((4,), (1, 2)), "eta": ((), (0.5, 2.0, 8.0)), "reg": ((0.05,), (0.2, 0.5, 1.0)),
-    "rank": ((), (4, 8, 16, 64)), "m": ((25,), (10, 100, 1000)), "n_cal": ((50,), (200, 800))}
-STEPS = {"ddpm": ((), (10, 25, 100)), "ddim": ((), (10,)), "dpm++": ((10,), (6, 20))}
-ORDERS = {                              # of mar: (refine, more sampling, quick)
-    "fresh orders": (None, {}, 0), "one random order a class": (SAME, {}, 1),
-    "one random order a class + refinement": ({}, {}, 0),
-    "raster": (dict(order_of=raster_order, **SAME), {}, 0),
-    "raster + refinement": (dict(order_of=raster_order), {}, 1),
-    "8 steps, one random order a class": (SAME, dict(num_iter=8), 0),
-    "8 steps, one random order a class + refinement": ({}, dict(num_iter=8), 0)}
+MORE = {"sinkhorn, biased": dict(method="biased"),
+        **{name: dict(method=name, **WHOLE) for name in ("meanvar", "ema", "nearest")},
+        # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1
+        "inverse term alone": dict(method="mean", K=1, eta=5e-4, lam=1000.0),
+        "default, lam = 0.1": dict(lam=0.1), "literal Algorithm 1": LITERAL}
+SWEEPS = {"K": (1, 2, 4), "eta": (0.5, 2.0, 8.0), "reg": (0.05, 0.2, 0.5, 1.0),
+          "rank": (4, 8, 16, 64)}
+FIXES = {                               # family: {value: what differs}
+    "temperature": {v: dict(sampling=dict(temperature=v)) for v in (0.95, 1.05, 1.1)},
+    "guidance scale": {v: dict(sampling=dict(cfg_scale=v)) for v in (1.0, 1.25, 1.5, 2.0)},
+    "guidance below sigma": {v: dict(fix=(guidance_interval, v)) for v in (0.6, 0.9)},
+    "epsilon scaling": {v: dict(fix=(epsilon_scaling, v)) for v in (1.005, 1.01, 1.02)},
+    "autoguidance": {v: dict(fix=(autoguidance, v), sampling=FREE) for v in (1.25, 1.5, 2.0)}}
+ORDERS = {                              # of mar: (refine, more sampling)
+    "fresh orders": (None, {}), "one random order a class": (SAME, {}),
+    "one random order a class + refinement": ({}, {}),
+    "raster": (dict(order_of=raster_order, **SAME), {}),
+    "raster + refinement": (dict(order_of=raster_order), {}),
+    "8 steps, one random order a class": (SAME, dict(num_iter=8)),
+    "8 steps, one random order a class + refinement": ({}, dict(num_iter=8))}
 
 
-def ablation(full):
-    """The rows, without guidance (whose effect would mix with theirs) unless their group has it."""
-    rows, both = [], {"none": None, "refined": {}}
+def does_it_work(jobs):
+    """Does it work? Each seed has a calibration of its own."""
+    return [Row("works", kind.upper() + ", refined" * (line != "none") + words, refine, how, kind,
+                recalibrate=True)
+            for words, how in (("", {}), (", not guided", FREE)) for kind in KINDS
+            for line, refine in BOTH.items() if kind != "cdm" or line == "none"]
 
-    for words, how in ((", guided", GUIDED), ("", {}))[:1 + full]:
-        for kind, line in (("cdm", "none"), *((k, line) for k in ("ar", "mar") for line in both)):
-            name = kind.upper() + " + refinement" * (line == "refined") + words
-            rows.append(Row("generators", name, both[line], how, kind))
 
-    parts = PARTS | RIVAL | BIASED if full else PARTS
-    rows += [Row("parts", name, refine, control=CONTROLS.get(name))
-             for name, refine in parts.items()]
-    inverse = {"none": None, "default": {}, "literal Algorithm 1": LITERAL}
-    inverse |= INVERSE if full else {}
-    rows += [Row("inverse term", name, refine) for name, refine in inverse.items()]
-    if full:
-        rows += [Row("parts, guided", name, refine, GUIDED, control=CONTROLS.get(name))
-                 for name, refine in PARTS.items() if CONTROLS.get(name) != ideal]
-        rows += [Row("calibration", f"noise {s}", dict(seed=s), GUIDED) for s in range(3)]
-        rows += [Row("guidance", f"{v:g} {line}", both[line], dict(cfg_scale=v), x=v, line=line)
-                 for v in (1.0, 1.25, GUIDANCE, 2.0) for line in both]
+def in_whose_eyes(jobs):
+    """In whose eyes?"""
+    return [Row("eyes", name, refine) for name, refine in MAIN.items() if name != "sinkhorn"]
 
-    for axis, (quick, more) in SWEEPS.items():
-        rows += [Row(axis, str(v), {axis: v}, x=v) for v in sorted(quick + more * full)]
-    rows += [Row("images of a class at once", str(v), dict(coupled=True), GUIDED, x=v, at_once=v)
-             for v in (20, 50, 100) if full or v == 20]
-    for solver, (quick, more) in STEPS.items():
-        for v in sorted(quick + more * full):
-            how = dict(solver=solver, steps=v, **GUIDED)
-            rows += [Row("steps", f"{solver} {v} {line}", both[line], how, x=v,
-                         line=f"{solver}, {line}") for line in both]
-    rows += [Row("orders", name, refine, GUIDED | how, "mar")
-             for name, (refine, how, quick) in ORDERS.items() if full or quick]
+
+def what_does_the_work(jobs):
+    """What does the work?"""
+    rows = [Row("parts", name, refine) for name, refine in (MAIN | MORE).items()]
+    rows.insert(5, Row("parts", "displacements shuffled", {}, control=shuffled))  # after default
+    rows += [Row("parts", "ideal conditions, not guided", SAME, FREE, control=ideal)]
+    return rows + [Row(axis, f"{v:g}", {axis: v}, x=v) for axis in SWEEPS for v in SWEEPS[axis]]
+
+
+def fixes_at_every_value(jobs):
+    """Every fix of sampling at every value: where those of `cheaper` are chosen (--tune)."""
+    return [Row(family, f"{family} {v:g}", x=v, line="none", **how)
+            for family, values in FIXES.items() for v, how in values.items()
+            if family != "autoguidance" or jobs["ar"].model.weak[0]]
+
+
+def would_a_cheaper_fix_do(jobs, chosen=()):
+    """Would a cheaper fix do the same? Each alone at its best, with refinement, other trainings."""
+    rows = [Row("cheaper", name, refine) for name, refine in BOTH.items()]
+    alone = [row._replace(group="cheaper", x=None) for row in chosen]
+    rows += alone + [row._replace(name=f"{row.name}, refined", refine={}) for row in alone]
+    others = [name for name in jobs if name not in KINDS]
+    return rows + [Row("cheaper", f"{jobs[name].about}{', refined' * (line != 'none')}", refine,
+                       model=name) for name in others for line, refine in BOTH.items()]
+
+
+def does_it_fade(jobs):
+    """Does it fade as models get better? Every run of --ar."""
+    rows = []
+    for name, job in jobs.items():
+        steps, size = job.state["step"], f"{job.model.num_params / 1e6:.2f}M"
+        rows += [Row("steps of training", f"{job.about}, {line}", refine, model=name, x=steps,
+                     line=f"{size}, {line}") for line, refine in BOTH.items()
+                 if job.model.cfg.kind == "ar"]
     return rows
+
+
+def how_few_steps(jobs):
+    """How few steps?"""
+    return [Row(SPEED, f"{solver} {v}, {line}", refine, dict(solver=solver, steps=v), x=v,
+                line=f"{solver}, {line}")
+            for solver in ("dpm++", "ddpm", "ddim") for v in (10, 6, 25, 4, 100)
+            for line, refine in BOTH.items()]
+
+
+def how_many_images(jobs):
+    """How many images a class? The means of few are those of the class's targets."""
+    axes = {"images of a class at once": (50, 20, 250, 100, 500),
+            "calibration images": (100, 1000, 200, 500, 50, 2000),
+            "targets": (10, 100, 25, 1000, 5000)}
+    at_once, calibrate, targets = axes
+    rows = [Row(axis, "none", x=v, line="none") for axis in axes for v in sorted(axes[axis])[::4]]
+    for name, control in (("coupled", None), ("shared second moments", shared)):
+        rows += [Row(at_once, f"{name}, {v} at once", dict(coupled=True), x=v, at_once=v,
+                     line=name, control=control) for v in axes[at_once]]
+    rows += [Row(calibrate, f"{v} calibrate", dict(n_cal=v), x=v) for v in axes[calibrate]]
+    return rows + [Row(targets, f"{v} targets", dict(m=v, n_cal=1000), x=v) for v in axes[targets]]
+
+
+def where_does_it_fail(jobs):
+    """Where does it fail? Classes; and a grid, see `failures`."""
+    return [Row("fails", name, refine) for name, refine in BOTH.items()]
+
+
+def which_order(jobs):
+    """Which order for MAR?"""
+    return [Row("orders", name, refine, how, "mar") for name, (refine, how) in ORDERS.items()]
+
+
+QUESTIONS = {"works": does_it_work, "eyes": in_whose_eyes, "parts": what_does_the_work,
+             "cheaper": would_a_cheaper_fix_do, "better": does_it_fade, "steps": how_few_steps,
+             "images": how_many_images, "fails": where_does_it_fail, "orders": which_order}
 
 
 # ---------------------------------------------------------------- the command
 
-MEASURES = ("fid", "kid", "sliced_w2", "accuracy", "precision", "recall", "copy_ratio",
-            "seconds_per_image", "calibration_s")
-
-
 def parse_args(argv=None):
-    p = Parser(description="Measure every part of the method. Finished rows are kept in --out_dir: "
-                           "to go on after a stop, run the same command again.")
-    for kind in KINDS:
-        p.add_argument(f"--{kind}", metavar="RUN", help=f"the {kind} model; without it its rows "
-                                                        "are left out")
-    p.add_argument("--profile", choices=("quick", "full"), default="quick", help="how many rows")
-    p.add_argument("--only", nargs="+", metavar="WORD",
-                   help="rows with one of these in their 'group: name'")
-    p.add_argument("--seeds", type=number(int, 1), help="how many (default: quick 2, full 3)")
-    p.add_argument("--n", type=number(int, MIN_IMAGES),
-                   help="images a seed (default: quick 500, full 1000)")
-    p.add_argument("--n_cal", type=number(int, 1), help="images that calibrate a class (default: "
-                   "quick 200, full that of sample.py)")
-    p.add_argument("--solver", default="ddpm", help="of the rows that are not about solvers")
-    p.add_argument("--steps", type=number(int, 1, 1000), default=25, help="theirs, too")
-    p.add_argument("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
-    p.add_argument("--out_dir", default="out/ablation", help="rows.jsonl, table.csv, figures")
-    p.add_argument("--cache", default="cache", help="where trained classifiers are kept")
-    p.add_argument("--data_dir", help="where the images are now (default: as in training)")
-    p.add_argument("--vae", help="kl16.ckpt, for models of latents")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda ...")
-    args = p.parse_args(argv)
-    for k, values in {"seeds": (2, 3), "n": (500, 1000), "n_cal": (200, None)}.items():
-        if getattr(args, k) is None:
-            setattr(args, k, values[args.profile == "full"])
-    return args
+    p = Parser(description="Answer questions about the method. Finished rows are kept in "
+               "--out_dir: to go on after a stop, run the same command again.",
+               epilog=f"ablate.py train {'|'.join(rivals.TRAININGS)} ... is train.py with all its "
+                      "flags, for a rival's objective.")
+    add = p.add_argument
+    add("questions", nargs="+", choices=QUESTIONS, metavar="QUESTION", help=", ".join(QUESTIONS))
+    add("--ar", nargs="+", metavar="RUN",
+        help="the ar model; more runs are for `cheaper` (other trainings) and `better`")
+    for kind in KINDS[1:]:
+        add(f"--{kind}", metavar="RUN", help=f"the {kind} model")
+    add("--guide", metavar="RUN", help="cheaper: an earlier ar run, for autoguidance")
+    add("--only", nargs="+", metavar="WORD", help="rows with one of these in their 'group: name'")
+    add("--seeds", type=number(int, 1), default=3, help="how many")
+    add("--n", type=number(int, MIN_IMAGES), default=5000, help="images a seed")
+    add("--n_cal", type=number(int, 1),
+        help="images that calibrate a class, unless the row says it (default: that of sample.py)")
+    add("--tune", action="store_true", help="measure against a sixth of the training images, to "
+        "choose settings (`cheaper` does so by itself)")
+    add("--any_code", action="store_true", help="take results of other versions of the code, too")
+    add("--solver", default="dpm++", help="of the rows that are not about solvers")
+    add("--steps", type=number(int, 1, 1000), default=10, help="theirs, too")
+    add("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE, help="theirs, too")
+    add("--batch_size", type=number(int, 1), default=500, help="images drawn at once")
+    add("--out_dir", default="out/ablation", help="rows.jsonl, tables, figures")
+    add("--cache", default="cache", help="where trained classifiers are kept")
+    add("--data_dir", help="where the images are now (default: as in training)")
+    add("--vae", help="kl16.ckpt, for models of latents")
+    add("--device", default="auto", help="auto, cpu, cuda ...")
+    return p.parse_args(argv)
 
 
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return rivals.train_rival(argv[1:])
     args = parse_args(argv)
-    jobs = {kind: open_job(kind, args) for kind in KINDS if getattr(args, kind)}
+    jobs = open_jobs(args)
+    # before any work
+    rows = [row for question in args.questions
+            for row in select(question, QUESTIONS[question](jobs), args)]
+    idle = [f"--{name}" for name in jobs if name not in {row.model for row in rows}]
+    idle += ["--guide"] * (bool(args.guide) and "cheaper" not in args.questions)
+    if idle:
+        raise ValueError(f"{', '.join(idle)} would change nothing in {' '.join(args.questions)}; "
+                         "leave it out")
+    study = Study(args, jobs, args.tune)
+    for question in args.questions:
+        rows = QUESTIONS[question](jobs)
+        if question == "cheaper":
+            tuned = study if args.tune else Study(args, jobs, tune=True)
+            table = tuned.answer("cheaper-tune", fixes_at_every_value(jobs), seeds=1)
+            rows = would_a_cheaper_fix_do(jobs, best_of_each_group(table))
+        study.answer(question, rows, args.seeds)
+        if question == "fails":
+            failures(study)
+
+
+def best_of_each_group(table):
+    """Rows: of each group the one whose three distances have the least product."""
+    score = lambda v: math.prod(v[f"{prefix}fid"] for prefix in SPACES.values())
+    return {row.group: row for row, _, _ in sorted(table, key=lambda r: -score(r[1]))}.values()
+
+
+def select(question, rows, args):
+    """The rows whose model is given and that --only does not leave out, complete; ValueError if
+    there are none."""
+    words = [w.lower() for w in args.only or [""]]
+    rows = [complete(r, args) for r in rows if getattr(args, r.model.split()[0])
+            and any(w in f"{r.group}: {r.name}".lower() for w in words)]
+    if not rows:
+        raise ValueError(f"{question}: no row of the models given matches --only")
+    return rows
+
+
+def open_jobs(args):
+    """{"ar", "mar", "cdm" or a further "ar RUN": what sample.setup gives, and `about`}."""
+    runs, jobs = args.ar or [], {}
+    for name, path in [*zip(["ar"], runs), *((f"ar {r}", r) for r in runs[1:]),
+                       *((k, getattr(args, k)) for k in KINDS[1:] if getattr(args, k))]:
+        job = jobs[name] = open_job(name.split()[0], args, path)
+        rival = job.state.get("args", {}).get("rival")
+        job.about = (f"{job.state['step']} steps, {job.model.num_params / 1e6:.2f}M"
+                     + f", trained with {rival}" * bool(rival))
+        job.model.diffloss.check(args.solver, args.steps)
+        job.model.weak = [open_job("ar", args, args.guide).model] if args.guide else [None]
     if not jobs:
         raise ValueError("which models? give --ar RUN, --mar RUN or --cdm RUN")
     check_alike(jobs)
-    for job in jobs.values():
-        job.model.diffloss.check(args.solver, args.steps)
-    rows = [complete(r, args) for r in ablation(args.profile == "full") if r.model in jobs]
-    chosen = lambda r: any(w.lower() in f"{r.group}: {r.name}".lower() for w in args.only)
-    rows = [r for r in rows if not args.only or chosen(r)]
-    if not rows:
-        raise ValueError(f"--only {' '.join(args.only)} matches no row of the models given")
-    origins = {kind: origin(job, args) for kind, job in jobs.items()}
-    out, first = Path(args.out_dir), next(iter(jobs.values()))
-    out.mkdir(parents=True, exist_ok=True)
-    done = read_results(out / "rows.jsonl")
-
-    real = real_images(first.dataset(), first.device)
-    space = make_extractor("classifier", real, first.device, cache=args.cache)
-    judge = Judge(space, real, first.device)
-    floor, which = judge.floor(args.n)
-    print(f"{len(rows)} rows, {args.seeds} seeds of {args.n} images; floor: FD "
-          f"{floor['fid']:.2f}, {which}")
-    keys = {at: [result_key(row, origins[row.model], seed, args) for seed in range(args.seeds)]
-            for at, row in enumerate(rows)}
-    missing = len({k for ks in keys.values() for k in ks} - set(done))
-    began, new = time.time(), 0
-    for at, row in enumerate(rows):
-        todo = {key: seed for seed, key in enumerate(keys[at]) if key not in done}
-        try:
-            for key, values in measure(row, jobs[row.model], judge, args, todo) if todo else ():
-                done[key], new = values, new + 1
-                line = {"key": key, "seed": todo[key], "group": row.group, "name": row.name,
-                        "values": values}
-                with open(out / "rows.jsonl", "a") as f:
-                    f.write(json.dumps(line) + "\n")
-        except ValueError as error:                     # a model without T^-1: the others go on
-            warn(f"{row.group}: {row.name} is left out: {error}")
-            continue
-        left = (time.time() - began) / max(new, 1) * (missing - new) / 60
-        print(f"[{at + 1}/{len(rows)}] {line_of(row, mean_std([done[k] for k in keys[at]]))}"
-              + (f", about {left:.0f} min left" if todo else " (known)"), flush=True)
-        write_table(out / "table.csv", summary(rows, keys, done), floor, args)
-    plot_all(out, summary(rows, keys, done), floor)
-    print(f"{out / 'table.csv'}, figures: {', '.join(f.name for f in sorted(out.glob('*.png')))}")
+    return jobs
 
 
-def open_job(kind, args):
+def open_job(kind, args, path=None):
     """The job of a checkpoint; ValueError if it is of another kind."""
-    flags = {"ckpt": getattr(args, kind), "device": args.device, "data_dir": args.data_dir,
+    flags = {"ckpt": path or getattr(args, kind), "device": args.device, "data_dir": args.data_dir,
              "vae": args.vae}
     job = sample.setup(sample.parse_args([f"--{k}={v}" for k, v in flags.items() if v]))
     if job.model.cfg.kind != kind:
@@ -322,124 +286,233 @@ def check_alike(jobs):
     if len({json.dumps([f[k] for k in same]) for f in facts.values()}) > 1:
         each = [f"{k} on {f['n_train']} images of {f['dataset']}" for k, f in facts.items()]
         raise ValueError(f"the models were trained on different data: {', '.join(each)}")
-    size = [job.model.num_params for job in jobs.values()]
-    seen = [job.state["step"] * job.state.get("args", {}).get("global_batch", 0)
-            for job in jobs.values()]
-    print("; ".join(f"{kind}: {n / 1e6:.3f}M parameters, {k} images seen"
-                    for kind, n, k in zip(jobs, size, seen)))
-    if max(size) > 1.05 * min(size) or max(seen) > 1.05 * min(seen):
-        warn("sizes or training differ by more than 5 %: no comparison at equal budget")
+    print("; ".join(f"{name}: {job.about}" for name, job in jobs.items()))
+    alike = [job for name, job in jobs.items() if name in KINDS]
+    for what in ([j.model.num_params for j in alike], [j.state["step"] for j in alike]):
+        if alike and max(what) > 1.05 * min(what):
+            warn("sizes or training differ by more than 5 %: no comparison at equal budget")
 
 
 def complete(row, args):
     """The row with all that it runs with."""
-    how = {"solver": args.solver, "steps": args.steps, "cfg_scale": 1.0, **row.sampling}
+    how = {"solver": args.solver, "steps": args.steps, "cfg_scale": args.cfg_scale, **row.sampling}
     defaults = {f.name: f.default for f in fields(Refinement) if f.default is not MISSING}
     refine = {**defaults, "n_cal": args.n_cal, **(row.refine or {})}
     return row._replace(sampling=how, refine=None if row.refine is None else refine)
 
 
-def origin(job, args):
-    """What all results of a model depend on: weights, images, code."""
-    return [sample.weights_digest(job.model), datasets.digest(job.state["data"], args.data_dir),
-            sample.code_digest(), sample.sha256([Path(evaluate.__file__).read_bytes()])]
+class Study:
+    """Rows of some models, measured against the held-out images or, to tune, `tuning`'s."""
 
+    def __init__(self, args, jobs, tune=False):
+        self.args, self.jobs, self.tune, first = args, jobs, tune, next(iter(jobs.values()))
+        self.data = tuning(first.dataset()) if tune else first.dataset()
+        self.device, self.out, self.last = first.device, Path(args.out_dir), (None, None, 0.0)
+        self.out.mkdir(parents=True, exist_ok=True)
+        # a CPU's own seconds: other programs' do not count
+        self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
+        real = evaluate.real_images(self.data, self.device)
+        self.judges = Judges(real, self.device, args.cache)
+        self.floor = self.judges.floor(args.n)
+        weights = {name: sample.weights_digest(job.model) for name, job in jobs.items()}
+        self.guide = args.guide and sample.weights_digest(first.model.weak[0])
+        files = datasets.digest(first.state["data"], args.data_dir)
+        self.origins = {name: [digest, files] for name, digest in weights.items()}
+        self.code = sample.sha256([sample.code_digest().encode(),
+                                   Path(evaluate.__file__).read_bytes()])
+        self.done = read_results(self.out / "rows.jsonl", None if args.any_code else self.code)
 
-def result_key(row, origin, seed, args):
-    """A short hash of what the result of a complete row depends on, the code of its hooks too."""
-    coupled = row.control or row.refine and row.refine["coupled"]
-    rival = RIVALS.get(row.refine["method"]) if row.refine else None
-    size = coupled and (row.at_once or args.batch_size)
-    what = [origin, row.sampling, row.refine, rival, row.control, size, args.n, seed]
-    return sample.sha256([json.dumps(what, default=inspect.getsource).encode()])
+    def key(self, row, seed):
+        """A short hash of what the result of a complete row depends on, its hooks' code too."""
+        args, fix = self.args, row.fix
+        coupled = row.control or row.refine and row.refine["coupled"]
+        rival = rivals.RIVALS.get(row.refine["method"]) if row.refine else None
+        size = coupled and (row.at_once or args.batch_size)
+        fix = fix and [*fix, self.guide if fix[0] is autoguidance else None]
+        what = [self.origins[row.model], row.sampling, row.refine, rival, row.control, fix, size,
+                row.refine and row.recalibrate, args.n, seed, self.tune]
+        return sample.sha256([json.dumps(what, default=inspect.getsource).encode()])
 
+    def answer(self, question, rows, seeds):
+        """Measure what is missing of the rows; a table and figures; [(row, values, seeds)]."""
+        rows = select(question, rows, self.args)
+        keys = [[self.key(row, seed) for seed in range(seeds)] for row in rows]
+        missing = len({k for ks in keys for k in ks} - set(self.done))
+        print(f"{question}: {len(rows)} rows, {seeds} seeds of {self.args.n} images, {missing} to "
+              f"be measured; floor: FD {self.floor['fid']:.2f}")
+        began, new, table = time.time(), 0, []
+        for row, ks in zip(rows, keys):
+            todo = {key: seed for seed, key in enumerate(ks) if key not in self.done}
+            try:
+                for key, values in self.measure(row, todo) if todo else ():
+                    self.done[key], new = values, new + 1
+                    line = {"key": key, "seed": todo[key], "group": row.group, "name": row.name,
+                            "tune": self.tune, "n": self.args.n, "code": self.code,
+                            "values": values}
+                    with open(self.out / "rows.jsonl", "a") as f:
+                        f.write(json.dumps(line) + "\n")
+            except ValueError as error:                 # a model without T^-1: the others go on
+                warn(f"{row.group}: {row.name} is left out: {error}")
+                continue
+            table.append((row, mean_std([self.done[k] for k in ks]), seeds))
+            left = (time.time() - began) / max(new, 1) * (missing - new) / 60
+            print(f"[{len(table)}/{len(rows)}] {line_of(*table[-1][:2])}"
+                  + (f", about {left:.0f} min left" if todo else " (known)"), flush=True)
+            write_csv(self.out / f"{question}.csv", table, self.floor, self.args.n)
+            write_text(self.out / f"{question}.md", markdown(question, table, self.floor))
+        plot_all(self.out, question, table, self.floor)
+        return table
 
-def read_results(path):
-    """{key: values} of the finished rows; a line that was cut off by a kill is left out."""
-    records = [r for r in read_lines(path) if {"key", "values"} <= set(r)]
-    if path.exists():                       # or the next row would be lost with a damaged line
-        write_text(path, "".join(json.dumps(r) + "\n" for r in records))
-    return {r["key"]: r["values"] for r in records}
+    def refinement(self, row, seed=0):
+        """(the Refinement of a row with its calibrations made, or None, and seconds), as the last
+        row had it if nothing differs."""
+        how = row.refine and {**row.refine, **({"seed": seed} if row.recalibrate else {})}
+        made_for = row.model, row.fix, row.sampling, how
+        if self.last[0] == made_for:
+            return self.last[1:]
+        began, found = self.clock(), None
+        if how:
+            model = self.jobs[row.model].model
+            found = Refinement(model, tokens_of(self.data), row.sampling, **how)
+            found.of = functools.cache(found.of)                 # one calibration for all seeds
+            for k in range(len(self.data.class_names)):
+                found.of(k)
+        self.last = made_for, found, self.clock() - began
+        return self.last[1:]
 
+    def measure(self, row, todo):
+        """Yields (key, values) for each {key: seed} of todo."""
+        job, K = self.jobs[row.model], len(self.data.class_names)
+        labels = torch.arange(-(-self.args.n // K) * K) % K
+        if row.at_once > len(labels) // K:
+            raise ValueError(f"{len(labels) // K} images of a class are drawn; raise --n")
+        for key, seed in todo.items():
+            with fixed(job.model, row.fix):
+                refinement, calibration_s = self.refinement(row, seed)
+                began = self.clock()
+                drawn = self.draw(row, refinement, labels, seed)
+            seconds = self.clock() - began
+            values = self.judges(torch.from_numpy(drawn), labels)
+            values.update(images_per_s=len(labels) / seconds, calibration_s=calibration_s)
+            yield key, {k: float(f"{v:.6g}") for k, v in values.items() if "_std" not in k}
 
-def measure(row, job, judge, args, todo):
-    """Yields (key, values) for each {key: seed} of todo."""
-    names, refinement = job.state["data"]["class_names"], None
-    labels = torch.arange(-(-args.n // len(names)) * len(names)) % len(names)
-    index, began = torch.arange(len(labels)), time.perf_counter()
-    if row.at_once > len(labels) // len(names):
-        raise ValueError(f"{len(labels) // len(names)} images of a class are drawn; raise --n")
-    if row.refine is not None:
-        refinement = Refinement(job.model, tokens_of(job.dataset()), row.sampling, **row.refine)
-        refinement.of = functools.cache(refinement.of)           # one calibration for all seeds
-        for k in range(len(names)):
-            refinement.of(k)
-    calibration_s = time.perf_counter() - began
-
-    for key, seed in todo.items():
-        began = time.perf_counter()
+    def draw(self, row, refinement, labels, seed):
+        """uint8 (n, H, W, ch) of a row and seed; at_once images of each class in a batch, if it
+        says so."""
+        job, K, whole = self.jobs[row.model], len(self.data.class_names), torch.arange(len(labels))
+        size = row.at_once * K or self.args.batch_size
+        blocks = whole.split(size) if row.at_once else [whole]
         wrap = row.control and functools.partial(row.control, refinement, seed)
         with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
-            images = draw_images(job.model, job.decode, labels, index, seed, row.sampling,
-                                 row.at_once or args.batch_size, refinement, bar.update, wrap)
-        seconds = (time.perf_counter() - began) / len(labels)
-        x, values = judge(torch.from_numpy(images), labels)
-        values.update(seconds_per_image=seconds, calibration_s=calibration_s)
-        kept = {k: values[k] for k in MEASURES if values.get(k) is not None}
-        if len(names) <= 12:                                     # which classes gain?
-            kept.update({f"class {name}": sliced_w2(x[labels == k], judge.x[judge.real.labels == k])
-                         for k, name in enumerate(names)})
-        yield key, kept
+            parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
+                                 refinement, bar.update, wrap) for index in blocks]
+        for index, part in zip(blocks[1:], parts[1:]):
+            parts[0][index.numpy()] = part[index.numpy()]
+        return parts[0]
 
 
-def summary(rows, keys, done):
-    """[(row, {measure: mean, measure_std: deviation}, seeds)] of the rows that have results."""
-    found = [(row, [done[k] for k in keys[at] if k in done]) for at, row in enumerate(rows)]
-    return [(row, mean_std(values), len(values)) for row, values in found if values]
+def failures(study, columns=20):
+    """A picture of images that refinement made worse: those of seed 0 whose log-probability of
+    their class, by the classifier, fell most; unrefined above, refined below."""
+    rows = [complete(row, study.args) for row in where_does_it_fail(study.jobs)]
+    K, space = len(study.data.class_names), study.judges.main.space
+    labels, found = torch.arange(-(-study.args.n // K) * K) % K, []
+    for row in rows:
+        drawn = study.draw(row, study.refinement(row)[0], labels, 0)
+        logits = extract(space, drawn, study.device)[1].log_softmax(1)
+        found.append((drawn, logits.gather(1, labels[:, None])[:, 0]))
+    (before, p), (after, q) = found
+    worst = (q - p).argsort()[:columns].numpy()
+    sheet = torch.cat([torch.from_numpy(z[worst]) for z in (before, after)]).numpy()
+    image_grid(sheet, columns).save(study.out / "fails-grid.png")
+    print(f"{study.out / 'fails-grid.png'}; of {len(p)} images {int((q < p - 1).sum())} lost more "
+          f"than 1 nat of their class, {int((q > p + 1).sum())} gained as much")
+
+
+def read_results(path, code=None):
+    """{key: values} of the rows that `code` measured (None: any); a line that was cut off by a kill
+    is left out."""
+    records = [r for r in read_lines(path) if {"key", "code", "values"} <= set(r)]
+    whole = "".join(json.dumps(r) + "\n" for r in records)
+    if path.exists() and path.read_text(errors="replace") != whole:
+        write_text(path, whole)             # or the next row would be lost with a damaged line
+    return {r["key"]: r["values"] for r in records if code in (None, r["code"])}
+
+
+# ---------------------------------------------------------------- tables
+
+SHORT = {"fid": "FD", "accuracy": "class accuracy", "precision": "precision", "recall": "recall",
+         "convolutions fid": "FD, convolutions", "pixels fid": "FD, pixels"}
+COST = {"images_per_s": "images a second", "calibration_s": "calibration, s"}
+COLUMNS = {
+    "eyes": {"fid": "FD", "kid": "KID", "sliced_w2": "sliced W2", "precision": "precision",
+             "recall": "recall", "accuracy": "class accuracy", "copy_ratio": "copy ratio"},
+    "steps": SHORT | COST, "cheaper": SHORT | COST}
+SPACES = {"classifier": "", "convolutions": "convolutions ", "pixels": "pixels "}
 
 
 def line_of(row, v):
     spread = f" +- {v['fid_std']:.2f}" if "fid_std" in v else ""
-    return (f"{row.group + ': ' + row.name:46} FD {v['fid']:.2f}{spread}, accuracy "
-            f"{v['accuracy']:.3f}, precision {v['precision']:.3f}, recall {v['recall']:.3f}, "
-            f"{1000 * v['seconds_per_image']:.1f} ms/image")
+    return (f"{row.group + ': ' + row.name:46} FD {v['fid']:.2f}{spread} (convolutions "
+            f"{v['convolutions fid']:.3f}, pixels {v['pixels fid']:.3f}), accuracy "
+            f"{v['accuracy']:.3f}, precision {v['precision']:.3f}, recall {v['recall']:.3f}")
 
 
-def write_table(path, table, floor, args):
-    """table.csv, always whole: the old one or the new."""
-    names = ["group", "name", "model", "x", "seeds", "n",
-             *dict.fromkeys(k for _, values, _ in table for k in values)]
-    short = lambda values: {k: float(f"{v:.5g}") for k, v in values.items() if k in names}
+def cell(v, key, digits=None):
+    digits = digits or {"fid": 2, "images_per_s": 0, "calibration_s": 0}.get(key, 3)
+    spread = f" +- {v[key + '_std']:.{digits}f}" if key == "fid" and "fid_std" in v else ""
+    return f"{v[key]:.{digits}f}{spread}" if key in v else "-"
+
+
+def markdown(question, table, floor):
+    """The table as RESULTS.md shows it: a line a row, the floor last; `eyes`: a line a space and
+    row; `fails`: a line a class."""
+    every = {row.name: v for row, v, _ in table} | {"as many training images": floor}
+    columns = COLUMNS.get(question, SHORT)
+    if question == "fails":
+        classes = [k for k in floor if k.startswith("class ")]
+        lines = [["", *every], *([k, *(cell(v, k, 2) for v in every.values())] for k in classes)]
+    elif question == "eyes":
+        lines = [["eyes", "", *columns.values()],
+                 *([space, name, *(cell(v, prefix + k) for k in columns)]
+                   for space, prefix in SPACES.items() for name, v in every.items())]
+    else:
+        lines = [["", *columns.values()],
+                 *([name, *(cell(v, k) for k in columns)] for name, v in every.items())]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def write_csv(path, table, floor, n):
+    """All measures of all rows."""
+    about = lambda row, seeds: {"group": row.group, "name": row.name, "model": row.model,
+                                "x": row.x, "seeds": seeds, "n": n}
+    lines = [about(Row("real", "training images", model=""), 1) | floor]
+    lines += [about(row, seeds) | values for row, values, seeds in table]
     text = io.StringIO()
-    out = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    out = csv.DictWriter(text, dict.fromkeys(k for line in lines for k in line), restval="",
+                         lineterminator="\n")
     out.writeheader()
-    out.writerow({"group": "real", "name": "training images", "n": args.n, **short(floor)})
-    for row, values, seeds in table:
-        out.writerow({"group": row.group, "name": row.name, "model": row.model, "x": row.x,
-                      "seeds": seeds, "n": args.n, **short(values)})
+    out.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
+                  for line in lines)
     write_text(path, text.getvalue())
 
 
 # ---------------------------------------------------------------- figures, each fits a screen
 
-def plot_all(out, table, floor):
-    """A figure of bars for each group; panels of curves for steps, guidance and settings."""
+def plot_all(out, question, table, floor):
+    """Bars of the rows without x; a panel of curves for each group of the others."""
     import matplotlib
     matplotlib.use("Agg")
-    bars, panels = {}, {"steps": {}, "guidance": {}, "settings": {}}
+    bars, panels = [(row.name, v) for row, v, _ in table if row.x is None], {}
     for row, v, _ in table:
-        axis, line = row.group, row.line
-        if row.x is None:
-            bars.setdefault(axis, []).append((row.name, v))
-            continue
-        if axis == "steps":                                      # a panel for each solver
-            axis, line = line.split(", ")
-        kind = row.group if row.group in panels else "settings"
-        panels[kind].setdefault(axis, {}).setdefault(line, []).append((row.x, v))
-    for group, some in bars.items():
-        plot_bars(out / f"{group.replace(',', '').replace(' ', '-')}.png", some, floor)
-    for kind, curves in panels.items():
-        plot_curves(out / f"{kind}.png", curves, floor)
+        if row.x is not None:
+            x = v["images_per_s"] if row.group == SPEED else row.x
+            panels.setdefault(row.group, {}).setdefault(row.line, []).append((x, v))
+    if bars:
+        plot_bars(out / f"{question}.png", bars, floor)
+    if panels:
+        plot_curves(out / f"{question}{'-curves' * bool(bars)}.png", panels, floor)
 
 
 def save(fig, path):
@@ -452,45 +525,46 @@ def save(fig, path):
 
 
 def plot_bars(path, bars, floor):
-    """Frechet distance of each row, and beside it the other numbers."""
+    """Frechet distance of each row in the three spaces, and beside it the other numbers."""
     import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(8, 1.3 + 0.27 * len(bars)), layout="constrained")
+    fig, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.27 * len(bars)), layout="constrained",
+                             sharey=True)
     names, values = zip(*bars)
-    ax.barh(names, [v["fid"] for v in values], xerr=[v.get("fid_std", 0) for v in values],
-            height=0.7, alpha=0.5, error_kw={"elinewidth": 1})
-    numbers = [[f"{v[k]:.3g}" for k in ("fid", "accuracy", "precision", "recall")] for v in values]
-    for k, cells in enumerate([("FD", "accuracy", "prec.", "recall"), *numbers]):
+    for ax, (space, prefix) in zip(axes, SPACES.items()):
+        key = f"{prefix}fid"
+        ax.barh(names, [v[key] for v in values], xerr=[v.get(f"{key}_std", 0) for v in values],
+                height=0.7, alpha=0.5, error_kw={"elinewidth": 1})
+        ax.axvline(floor[key], color="black", linestyle="--")
+        ax.set_xlabel(f"FD, {space}")
+    numbers = [[f"{v[k]:.3g}" for k in ("accuracy", "precision", "recall")] for v in values]
+    for k, cells in enumerate([("accuracy", "prec.", "recall"), *numbers]):
         ax.text(1.02, k - 1, "".join(f"{cell:>9}" for cell in cells), family="monospace",
                 fontsize=8, va="center", transform=ax.get_yaxis_transform())
-    ax.axvline(floor["fid"], color="black", linestyle="--")
-    ax.set_xlabel("Frechet distance to held-out images; dashed: that of training images")
     ax.set_ylim(len(bars) - 0.5, -1.5)
     save(fig, path)
 
 
 def plot_curves(path, panels, floor):
-    """A panel for each axis {axis: {line: [(x, values)]}}: Frechet distance against it."""
+    """A row for each axis {axis: {line: [(x, values)]}}: Frechet distance in the three spaces."""
     import matplotlib.pyplot as plt
-    if not panels:
-        return
-    columns = min(4, len(panels))
-    rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1 + 2.7 * columns, 2.6 * rows),
-                             squeeze=False, layout="constrained")
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    for ax, (axis, lines) in zip(axes.flat, panels.items()):
-        for line, points in lines.items():
-            x, v = zip(*sorted(points, key=lambda p: p[0]))
-            ax.errorbar(x, [p["fid"] for p in v], [p.get("fid_std", 0) for p in v], marker=".",
-                        capsize=2, label=line, linestyle="--" if line == "none" else "-")
+    fig, rows = plt.subplots(len(panels), 3, figsize=(11, 0.6 + 2.2 * len(panels)), squeeze=False,
+                             layout="constrained")
+    for axes, (axis, lines) in zip(rows, panels.items()):
         ticks = sorted({x for points in lines.values() for x, _ in points})
-        ax.set_xscale("log" if ticks[0] > 0 and ticks[-1] >= 4 * ticks[0] else "linear")
-        ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=7)
-        ax.minorticks_off()
-        ax.axhline(floor["fid"], color="black", linestyle=":", label="real images")
-        ax.set(xlabel=axis, ylabel="Frechet distance")
-    axes[0, 0].legend(fontsize=7)
+        for ax, (space, prefix) in zip(axes, SPACES.items()):
+            key = f"{prefix}fid"
+            for line, points in lines.items():
+                x, v = zip(*sorted(points, key=lambda p: p[0]))
+                ax.errorbar(x, [p[key] for p in v], [p.get(f"{key}_std", 0) for p in v],
+                            marker=".", capsize=2, label=line,
+                            linestyle="--" if "none" in line else "-")
+            ax.set_xscale("log" if ticks[0] > 0 and ticks[-1] >= 4 * ticks[0] else "linear")
+            if axis != SPEED:
+                ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=7)
+                ax.minorticks_off()
+            ax.axhline(floor[key], color="black", linestyle=":", label="real images")
+            ax.set(xlabel=axis, ylabel=f"FD, {space}", ylim=(0, None))
+    rows[0, 0].legend(fontsize=7)
     save(fig, path)
 
 

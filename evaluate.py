@@ -120,18 +120,24 @@ def nearest(x, y):
     return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
 
 
-def precision_recall(real, fake, k=3):
+def radii(x, k=3):
+    """Distance (n,) of each row of x (n, F) to its k-th nearest other."""
+    # k + 1: every point is its own nearest neighbour
+    return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(x, x)])
+
+
+def precision_recall(real, fake, k=3, radius=None):
     """Precision: share of fake (m, F) inside the manifold of real (n, F); recall: the converse.
 
     A manifold is the union of balls about its points, each to its point's k-th nearest neighbour.
+    radius (n,): radii(real, k), if they are known.
     """
-    def inside(points, of):
-        # k + 1: every point is its own nearest neighbour
-        radius = torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(of, of)])
+    def inside(points, of, radius):
         found = torch.cat([(d <= radius).any(1) for d in distances(points, of)])
         return found.double().mean().item()
 
-    return inside(fake, real), inside(real, fake)
+    radius = radii(real, k) if radius is None else radius
+    return inside(fake, real, radius), inside(real, fake, radii(fake, k))
 
 
 def sliced_w2(x, y, n_proj=256, seed=0):
@@ -334,7 +340,7 @@ class Judge:
         if real.train_images is not None:
             unseen, self.other = shuffled(real.images).chunk(2)
             self.seen, self.unseen = thumbnails(real.train_images), thumbnails(unseen)
-        self.gaussian = real.gaussian or gaussian(self.x)
+        self.gaussian, self.radius = real.gaussian or gaussian(self.x), None
 
     def __call__(self, images, labels=None):
         x, logits = extract(self.space, images, self.device)
@@ -362,7 +368,9 @@ class Judge:
             x, y = x.to(self.device), self.x.to(self.device)
             values["kid"], values["kid_std"] = kid(x, y)
             values["sliced_w2"] = sliced_w2(x, y)
-            values["precision"], values["recall"] = precision_recall(shuffled(y)[:MAX_REAL], x)
+            y = shuffled(y)[:MAX_REAL]
+            self.radius = radii(y) if self.radius is None else self.radius  # most of the time
+            values["precision"], values["recall"] = precision_recall(y, x, radius=self.radius)
         if logits is not None:
             values["is"], values["is_std"] = inception_score(logits.double().softmax(1))
             # Inception's 1008 classes are not those of the labels

@@ -41,8 +41,8 @@ from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, 
 ROOT = Path(__file__).parent
 CORE = ("files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate")
 TESTS = ("test_core", "test_programs")
-OUTER = {"sets", "mar", "vae", "latents", "finetune", "inception", "ablate", "theory", "plan",
-         "bench"}
+OUTER = {"sets", "mar", "vae", "latents", "finetune", "inception", "ablate", "rivals", "theory",
+         "plan", "bench"}
 
 
 # ================================================================ runs, and processes
