@@ -32,7 +32,7 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std, warn
-from files import Parser, number, read_lines, run, write_text
+from files import Parser, number, read_lines, run, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,
                     shuffled, tuning, whole_trajectory)
@@ -424,7 +424,7 @@ def failures(study, columns=20):
     (before, p), (after, q) = found
     worst = (q - p).argsort()[:columns].numpy()
     sheet = torch.cat([torch.from_numpy(z[worst]) for z in (before, after)]).numpy()
-    image_grid(sheet, columns).save(study.out / "fails-grid.png")
+    write_png(study.out / "fails-grid.png", image_grid(sheet, columns))
     print(f"{study.out / 'fails-grid.png'}; of {len(p)} images {int((q < p - 1).sum())} lost more "
           f"than 1 nat of their class, {int((q > p + 1).sum())} gained as much")
 
@@ -517,11 +517,11 @@ def plot_all(out, question, table, floor):
 
 def save(fig, path):
     """As a png of 64 colours, small enough for a README."""
-    fig.savefig(path, dpi=80)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=80)
     fig.clear()
-    with Image.open(path) as image:
-        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    picture = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    write_png(path, picture)
 
 
 def plot_bars(path, bars, floor):

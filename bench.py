@@ -32,7 +32,7 @@ from torch.utils.flop_counter import flop_registry
 
 import fast
 import train as training
-from files import Parser, number, run
+from files import Parser, check_output, number, run, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import build, guidance_at, pick_device, preset
 from plan import sampling_flops, training_flops
@@ -242,8 +242,8 @@ def roofline(name, batch, num_iter, **sampling):
 class Bench:
     """One method per benchmark; each writes its rows as it measures them."""
 
-    def __init__(self, device, runs, file=None):
-        self.device, self.runs, self.file, self.rows = device, runs, file, []
+    def __init__(self, device, runs, path=None):
+        self.device, self.runs, self.path, self.rows = device, runs, path, []
         # one thread of a CPU: the time that this process had, not that others had
         alone = device.type == "cpu" and torch.get_num_threads() == 1
         self.clock = time.process_time if alone else time.perf_counter
@@ -296,9 +296,8 @@ class Bench:
         row = dict(bench=bench, what=what, seconds=seconds, ratio=ratio, images_per_s=images,
                    flops=flops, share=share, peak_bytes=peak, note=note)
         self.rows.append(row)
-        if self.file:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+        if self.path:
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         text = lambda value, form: form.format(value) if value else ""
         cells = [bench, what, text(seconds and 1e3 * seconds, "{:.4g} ms"), text(ratio, "{:.2f}x"),
                  text(images, "{:.3g}"), text(flops and flops / 1e9, "{:.3g}"),
@@ -439,8 +438,8 @@ def main():
             raise ValueError(f"no benchmark {name!r}; choose from {', '.join(EVERY)}, gpu, all")
     torch.set_num_threads(args.threads)
 
-    file = open(args.json, "w") if args.json else None
-    bench = Bench(pick_device(args.device), args.runs, file)
+    path = args.json and check_output("--json", args.json)
+    bench = Bench(pick_device(args.device), args.runs, path)
     print(f"{chip(bench.device)}, {args.threads} thread(s), torch {torch.__version__}; matrix "
           f"products: {bench.rate / 1e9:.0f} GFLOP/s in {str(bench.dtype)[6:]}\n")
     print("| bench | what | median | faster than the first | images/s | GFLOP "

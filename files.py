@@ -76,6 +76,11 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
 
 
+def write_png(path, picture):
+    """A PIL image, as small as can be without a loss."""
+    write(path, lambda f: picture.save(f, "png", optimize=True))
+
+
 def check_output(flag, path, suffixes=(), overwrite=True):
     """The Path of a file that is to be written at the end; ValueError now if it cannot be."""
     path = Path(path)

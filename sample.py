@@ -29,7 +29,7 @@ import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
 from files import (Parser, check_fields, check_output, find_checkpoint, join, number, read_torch,
-                   run, save_checkpoint, sha256, tensors, write)
+                   run, save_checkpoint, sha256, tensors, write, write_png)
 from model import GUIDANCE, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
@@ -500,8 +500,7 @@ def main():
         arrays = dict(zip(keys, (images, labels.numpy())))
         write(out, lambda f: np.savez_compressed(f, **arrays))
     else:
-        picture = image_grid(images[index.numpy()], min(10, n // len(ids) or n))
-        write(out, lambda f: picture.save(f, "png"))
+        write_png(out, image_grid(images[index.numpy()], min(10, n // len(ids) or n)))
     what = "images" if images.dtype == np.uint8 else f"latents {images.shape[1:]}, unscaled,"
     print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")

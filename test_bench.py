@@ -71,14 +71,13 @@ def quick(monkeypatch):
 
 
 def test_every_kind_of_measurement_runs_and_says_what_it_measured(quick, tmp_path, capsys):
-    with open(tmp_path / "rows", "w") as file:
-        b = bench.Bench(torch.device("cpu"), 1, file)
-        small = dict(grid=2, num_classes=10)
-        b.sampling("sampling", "mar-tiny", 2, 3.0, 3, **small)
-        b.sampling("sampling", "gpt-tiny", 1, 1.0, **small)
-        b.train((("gpt-tiny", 2, 2),))
-        b.refine(("gpt-tiny",), 12, (("dpm++", 2),))
-        lines = (tmp_path / "rows").read_text().splitlines()
+    b = bench.Bench(torch.device("cpu"), 1, tmp_path / "rows")
+    small = dict(grid=2, num_classes=10)
+    b.sampling("sampling", "mar-tiny", 2, 3.0, 3, **small)
+    b.sampling("sampling", "gpt-tiny", 1, 1.0, **small)
+    b.train((("gpt-tiny", 2, 2),))
+    b.refine(("gpt-tiny",), 12, (("dpm++", 2),))
+    lines = (tmp_path / "rows").read_text().splitlines()
     assert [json.loads(line) for line in lines] == b.rows, "each is written when it is measured"
     assert [r["what"] for r in b.rows] == [
         "mar-tiny, batch 2: plain", "mar-tiny, batch 2: this", "mar-tiny, batch 2: this, dpm++ 10",

@@ -31,7 +31,7 @@ import ot_refine
 import sample
 from ablate import open_job
 from data import unpatchify
-from files import Parser, number, run
+from files import Parser, number, run, write_png, write_text
 from diffloss import Schedule
 from evaluate import frechet_distance
 from model import KINDS
@@ -770,7 +770,7 @@ def draw(e, path):
         buffer = io.BytesIO()
         fig.savefig(buffer, dpi=100)
         plt.close(fig)
-    Image.open(buffer).convert("RGB").quantize(64).save(path, optimize=True)     # a third
+    write_png(path, Image.open(buffer).convert("RGB").quantize(64))              # a third
 
 
 def show(value):
@@ -827,15 +827,16 @@ def report(evidence, args, out):
                   for title, lines, _, _ in e.panels}
         claims[name] = {"claim": e.claim, "rule": e.rule, "verdict": said, "curves": curves,
                         "rows": {where: {**cells, **holds} for where, cells, holds in e.rows}}
-    (out / "theory.md").write_text(
+    write_text(
+        out / "theory.md",
         "# The paper's claims, measured\n\nDoes a claim hold in a toy that meets its assumptions, "
         f"and on trained models ({args.n} drawn and at most {args.m} real images of each of "
         f"{args.classes} classes, {args.steps} evaluations a patch, no guidance)? Intervals are "
         "95 % bootstrap ones; S is the debiased Sinkhorn divergence. All numbers: theory.json.\n\n"
         + table(["claim", "toy", *KINDS], short) + "".join(pages))
     given = {k: v for k, v in vars(args).items() if not k.startswith("_")}
-    (out / "theory.json").write_text(json.dumps({"args": given, "claims": claims}, indent=1,
-                                                default=lambda v: np.asarray(v).tolist()))
+    write_text(out / "theory.json", json.dumps({"args": given, "claims": claims}, indent=1,
+                                               default=lambda v: np.asarray(v).tolist()))
 
 
 def parse_args(argv=None):

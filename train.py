@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
 from files import (NAMES, Parser, check_space, finite, join, lock, number, on_signal, plot_loss,
-                   read_checkpoint, run, save_run, tensors, write, write_records)
+                   read_checkpoint, run, save_run, tensors, write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
 from sample import draw
 
@@ -387,8 +387,7 @@ def sample_grid(path, ema, dataset, args, columns=10):
     y = torch.arange(min(len(dataset.class_names), 20)).repeat_interleave(columns)
     scale = GUIDANCE if ema.cfg.class_dropout else 1.0
     x = draw(ema, y, range(len(y)), args.seed, cfg_scale=scale)
-    picture = image_grid(to_uint8(dataset.decode(x)), columns)
-    write(path, lambda f: picture.save(f, "png"))
+    write_png(path, image_grid(to_uint8(dataset.decode(x)), columns))
     return path
 
 
