@@ -16,6 +16,7 @@ import torch.nn as nn
 import data as datasets
 import evaluate
 import ot_refine
+import sample
 import train
 from diffloss import ImageNoise
 from evaluate import Judge, extract, frechet_distance, gaussian
@@ -210,11 +211,14 @@ def autoguidance(model, scale):
 @contextlib.contextmanager
 def fixed(model, fix):
     """The model with a fix (function, value), or as it is."""
+    quickest = sample.quickest
     try:
         if fix:
             fix[0](model, fix[1])
+            sample.quickest = lambda model: model            # fast.py's copy would lack the fix
         yield
     finally:
+        sample.quickest = quickest
         for part in (model, model.diffloss):
             for name in ("generate", "sample", "denoiser"):
                 vars(part).pop(name, None)

@@ -187,12 +187,15 @@ def eps_of(head, x_t, t, x0):
     return (head.schedule.x0_from_xt[t] * x_t - x0) / head.schedule.x0_from_eps[t]
 
 
-def test_epsilon_scaling_divides_eps_by_lambda():
+def test_epsilon_scaling_divides_eps_by_lambda_and_is_drawn_from_no_faster_copy(monkeypatch):
     model, c, x_t = tiny("gpt-tiny"), randn(5, 64), randn(5, 64, seed=1)
+    monkeypatch.setattr(sample, "quickest", lambda model: "a copy")
     model.diffloss.x0_bound = None
     plain = model.diffloss.denoiser(c)(x_t, 600)[0]
     with rivals.fixed(model, (rivals.epsilon_scaling, 1.25)):
         scaled = model.diffloss.denoiser(c)(x_t, 600)[0]
+        assert sample.quickest(model) is model
+    assert sample.quickest(model) == "a copy"
     a, b = (eps_of(model.diffloss, x_t, 600, x0) for x0 in (plain, scaled))
     assert torch.allclose(b, a / 1.25, atol=1e-5) and a.abs().mean() > 0.1
 
