@@ -32,7 +32,8 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std, warn
-from files import Parser, number, read_lines, run, write_png, write_text
+from command import Parser, number, run
+from files import read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,
                     shuffled, tuning, whole_trajectory)

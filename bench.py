@@ -32,7 +32,8 @@ from torch.utils.flop_counter import flop_registry
 
 import fast
 import train as training
-from files import Parser, check_output, number, run, write_text
+from command import Parser, number, run
+from files import check_output, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import build, guidance_at, pick_device, preset
 from plan import sampling_flops, training_flops

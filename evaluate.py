@@ -32,8 +32,8 @@ from tqdm import tqdm
 import data
 import sample
 from data import patchify, to_uint8
-from files import (Parser, check_output, checked_images, number, read_npz, read_weights, run,
-                   write, write_json)
+from command import Parser, number, run
+from files import check_output, checked_images, read_npz, read_weights, write, write_json
 from model import pick_device
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four

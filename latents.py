@@ -42,8 +42,7 @@ from tqdm import tqdm
 import data
 import sets
 from diffloss import ImageNoise
-from files import (check_fields, read_json, read_npy, read_npz, reading, sha256, write,
-                   write_json)
+from files import check_fields, read_json, read_npy, read_npz, reading, sha256, write, write_json
 from vae import KL16, KL16_SCALE, latent_scale, load_kl16, posterior
 
 SHARD = 8192                     # images a shard, 270 MB at 256x256: what a kill costs at most

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 import sets
 from data import DATASETS, patchify
 from diffloss import TimeEmbedding
-from files import Parser, check_output, check_weights, read_checkpoint, run, save_checkpoint
+from command import Parser, run
+from files import check_output, check_weights, read_checkpoint, save_checkpoint
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem
 

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from files import Parser, run
+from command import Parser, run
 from model import Config, build, preset
 
 HARDWARE = {"8 x H100": 8 * 989e12, "8 x A100": 8 * 312e12, "1 x RTX 4090": 165e12}    # FLOP/s

@@ -28,8 +28,9 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import (Parser, check_fields, check_output, find_checkpoint, join, number, read_torch,
-                   run, save_checkpoint, sha256, tensors, write, write_png)
+from command import Parser, join, number, run
+from files import (check_fields, check_output, find_checkpoint, read_torch, save_checkpoint, sha256,
+                   tensors, write, write_png)
 from model import GUIDANCE, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 

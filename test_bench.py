@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import bench
-import files
+import command
 from diffloss import ImageNoise
 from model import build, preset
 
@@ -119,10 +119,10 @@ def test_the_command_writes_its_table_and_refuses_unknown_names(
     monkeypatch.setattr(bench.Bench, "mar", lambda self: self.add("mar", "one", 0.5, 2.0))
     file = tmp_path / "b.jsonl"
     monkeypatch.setattr(sys, "argv", ["bench.py", "mar", "--json", str(file)])
-    files.run(bench.main)
+    command.run(bench.main)
     assert json.loads(file.read_text())["ratio"] == 2.0
     assert "| mar | one | 500 ms | 2.00x |" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["bench.py", "nothing"])
     with pytest.raises(SystemExit) as stop:
-        files.run(bench.main)
+        command.run(bench.main)
     assert stop.value.code == 2 and "'nothing'" in capsys.readouterr().err

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 import diffloss
 import fast
-import files
+import command
 import sample
 import train
 from diffloss import ImageNoise
@@ -304,12 +304,12 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower_and_other_errors_stay
                   RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried"),
                   MemoryError("Unable to allocate 9 EiB")):
         with pytest.raises(SystemExit) as stop:
-            files.run(main(error))
+            command.run(main(error))
         said = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and len(said) == 1, said
         assert "--accumulate" in said[0] and "--batch_size" in said[0]
     with pytest.raises(RuntimeError, match="a bug"):
-        files.run(main(RuntimeError("a bug")))
+        command.run(main(RuntimeError("a bug")))
 
 
 def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):

@@ -15,7 +15,7 @@ import data
 import evaluate as ev
 import sample
 import train
-from files import run
+from command import run
 
 torch.set_num_threads(1)
 

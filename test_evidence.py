@@ -15,7 +15,7 @@ from PIL import Image
 import ablate
 import data
 import evaluate
-import files
+import command
 import ot_refine
 import rivals
 import sample
@@ -537,7 +537,7 @@ def test_bad_input_to_the_ablation_is_one_line_and_exit_code_2(runs, quick_judge
     given = [str(runs["ar"]) if a == "AR" else a for a in given]
     message = message.replace("AR,", f"{runs['ar']},") if "--guide" in given else message
     with pytest.raises(SystemExit) as stop:
-        files.run(lambda: ablate.main([*given, "--out_dir", str(tmp_path / "o")]))
+        command.run(lambda: ablate.main([*given, "--out_dir", str(tmp_path / "o")]))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and message in err and err.count("\n") == 1, err
 
@@ -843,6 +843,6 @@ def test_bad_input_to_theory_is_one_line_and_exit_code_2(given, words, runs, tmp
     given = [{"AR": str(runs["ar"]), "FILE": str(file)}.get(a, a) for a in given]
     more = [] if "--out_dir" in given else ["--out_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        files.run(lambda: theory.main([*given, *more]))
+        command.run(lambda: theory.main([*given, *more]))
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.count("\n") == 1 and words in err, err

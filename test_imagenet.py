@@ -28,6 +28,7 @@ from torch.distributed.run import get_args_parser, parse_args as launch_args
 
 import data
 import evaluate
+import command
 import files
 import latents
 import model as models
@@ -461,7 +462,7 @@ def call(module, argv, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, argv)])
     code = 0
     try:
-        files.run(module.main)
+        command.run(module.main)
     except SystemExit as stop:
         code = stop.code
     captured = capsys.readouterr()
@@ -813,7 +814,7 @@ def child(rank, world, port, module, argv, before, log):
     sys.argv = [f"{module}.py", *argv]
     if before:
         before()
-    files.run(importlib.import_module(module).main)
+    command.run(importlib.import_module(module).main)
 
 
 def processes(world, module, *argv, before=None):

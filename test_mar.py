@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import command
 import files
 import mar
 import model as models
@@ -68,7 +69,7 @@ def program(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
         code = 0
         try:
-            files.run(module.main)
+            command.run(module.main)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

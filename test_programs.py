@@ -29,6 +29,7 @@ from PIL import Image
 
 import data
 import evaluate
+import command
 import files
 import model as models
 import ot_refine as R
@@ -39,10 +40,10 @@ from diffloss import ImageNoise
 from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, tokens
 
 ROOT = Path(__file__).parent
-CORE = ("files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate")
+CORE = ("command", "files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate")
 TESTS = ("test_core", "test_programs")
 OUTER = {"sets", "mar", "vae", "latents", "finetune", "inception", "ablate", "rivals", "theory",
-         "plan", "bench"}
+         "plan", "bench", "fast"}
 
 
 # ================================================================ runs, and processes
@@ -54,7 +55,7 @@ def cli(module, *argv):
             contextlib.redirect_stderr(text):
         patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, argv)])
         try:
-            files.run(module.main)
+            command.run(module.main)
         except SystemExit as stop:
             code = stop.code or 0
     for number, handler in handlers.items():
@@ -127,7 +128,7 @@ def child(rank, world, port, module, argv, before, log):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)               # background, or under nohup
     if before:
         before()
-    files.run(importlib.import_module(module).main)
+    command.run(importlib.import_module(module).main)
 
 
 def start(log, module, *argv, before=None, rank=0, world=1, port=0):
@@ -623,7 +624,7 @@ def test_the_core_imports_no_outer_file_at_its_top_and_has_no_cycle():
     assert not set().union(*map(imports, (*CORE, *TESTS))) & OUTER
     edges = {name: imports(name) & set(CORE) for name in CORE}
     list(graphlib.TopologicalSorter(edges).static_order())     # raises CycleError
-    assert edges["diffloss"] == edges["ot_refine"] == edges["files"] == set()
+    assert edges["diffloss"] == edges["ot_refine"] == edges["files"] == edges["command"] == set()
     assert imports("ot_refine", top=False) <= {*sys.stdlib_module_names, "torch", "matplotlib"}
 
 

@@ -31,7 +31,8 @@ import ot_refine
 import sample
 from ablate import open_job
 from data import unpatchify
-from files import Parser, number, run, write_png, write_text
+from command import Parser, number, run
+from files import write_png, write_text
 from diffloss import Schedule
 from evaluate import frechet_distance
 from model import KINDS

@@ -33,8 +33,9 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from files import (NAMES, Parser, check_space, finite, join, lock, number, on_signal, plot_loss,
-                   read_checkpoint, run, save_run, tensors, write_png, write_records)
+from command import Parser, join, number, on_signal, run
+from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
+                   write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
 from sample import draw
 

@@ -1,0 +1,175 @@
+"""The command line: flags, signals, errors. Nothing of the method.
+
+A flag that would change nothing is an error. `run` turns bad input, a full disk, a lack of memory
+and signals into one line and an exit code.
+"""
+import argparse
+import contextlib
+import difflib
+import io
+import os
+import re
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+
+# ---------------------------------------------------------------- flags
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        shown = action.default not in (None, False, argparse.SUPPRESS)
+        return super()._get_help_string(action) if shown else action.help
+
+
+class Flags(argparse.Namespace):
+    """The parsed flags; notes which were given and which the program has looked at."""
+
+    def __init__(self, values, given, helps):
+        super().__init__(**values)
+        self._given, self._helps, self._read = given, helps, set()
+
+    def __getattribute__(self, name):
+        if not name.startswith("_"):
+            vars(self).get("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+    def check_used(self, *later):
+        """ValueError for a flag that was given and that this run has not looked at, nor will
+        (later: names): it would do nothing. To be called once all is read, before any work."""
+        for name in sorted(self._given - self._read - set(later)):
+            raise ValueError(f"--{name} would change nothing in this run; leave it out, or see "
+                             f"what it is for: {self._helps[name]}")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in --help, no abbreviations, the closest match for a mistyped flag."""
+
+    def __init__(self, **kw):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kw)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else [str(a) for a in args]
+        known, unknown = super().parse_known_args(args, namespace)
+        typed = {a.split("=")[0] for a in args}
+        given = {a.dest for a in self._actions if typed & set(a.option_strings)}
+        return Flags(vars(known), given, {a.dest: a.help for a in self._actions}), unknown
+
+    def parse_args(self, args=None, namespace=None):
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = list(self._option_string_actions)
+            close = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
+        return known
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: a finite number between low and high, both allowed."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number")
+        if not low <= value <= high or value == float("inf"):
+            wanted = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {wanted}")
+        return value
+    return parse
+
+
+@contextlib.contextmanager
+def on_signal(act):
+    """Signals that ask a program to end call act(name); those that it was told to ignore (nohup)
+    stay ignored."""
+    asked = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+             if signal.getsignal(s) != signal.SIG_IGN]
+    before = {s: signal.signal(s, lambda number, frame: act(signal.Signals(number).name))
+              for s in asked}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def interrupt(name):
+    raise KeyboardInterrupt(name)
+
+
+def join(backend, wait):
+    """Meet the other processes that torchrun started: within two minutes, since who has not come by
+    then is dead, or in another run. Later they wait for each other for the timedelta `wait`."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    store.set_timeout(wait)                  # NCCL meets there again at its first sum
+
+
+class Stream(io.FileIO):
+    """Standard output whose reader may go away (`| head`, a closed terminal): the work goes on."""
+
+    def write(self, text):
+        try:
+            return super().write(text)
+        except OSError:
+            return len(text)
+
+
+def lasting(stream):
+    """A standard stream that no reader and no character can break."""
+    stream.flush()
+    raw = io.BufferedWriter(Stream(stream.fileno(), "w", closefd=False))
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
+
+
+LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py, evaluate.py: lower "
+        "--batch_size, or --m with --refine")
+# words in errors that have no class of their own
+MEMORY = "allocate memory|(out of|not enough) memory|(size calculation|multiplication) overflow"
+GONE = "gloo|nccl|store|socket|connect|timed out"
+
+
+def meaning(error):
+    """The line for an error that is not the program's own; None: it is a bug."""
+    line, many = " ".join(str(error).split()), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if isinstance(error, (ValueError, OSError)):
+        return line
+    if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
+        return f"out of memory: {LESS} ({line[:200]})"
+    if many and re.search(GONE, f"{type(error).__name__} {line}", re.I):
+        return f"another process of this run ended, or did not answer in time ({line[:200]})"
+    return None
+
+
+def run(main):
+    """Run a program: bad input (ValueError, OSError), too little memory, another process that is
+    gone are one line on stderr and exit code 2, a signal one line and 128 + its number;
+    TRACEBACK=1 shows where."""
+    sys.stdout, sys.stderr = (lasting(s) if s and s is standard else s for s, standard in (
+        (sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__)))
+    # of many processes the first speaks at once; the others, who mostly met the same, wait for
+    # torchrun to end them, and speak if nobody did
+    rank, local = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    program = Path(sys.argv[0]).name
+    try:
+        with on_signal(interrupt):
+            main()
+    except KeyboardInterrupt as stop:
+        if rank == 0:
+            print(f"{program}: stopped by {stop}", file=sys.stderr)
+        sys.exit(128 + signal.Signals[str(stop)])
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = meaning(error)
+        if message is None or os.environ.get("TRACEBACK"):
+            raise
+        time.sleep(5 * (rank > 0) + 5 * (local > 0))
+        print(f"{program}: error: {message}", file=sys.stderr)
+        sys.exit(2)
