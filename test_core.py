@@ -2,6 +2,7 @@
 they come from. Data, the AR model, the head and ot_refine, against closed forms and POT; the
 programs and the rules of the repository are in test_programs.py.
 """
+import contextlib
 import functools
 import math
 import warnings
@@ -43,6 +44,21 @@ def randn(*shape, seed=0, dtype=torch.float32):
 
 def tokens(n=3):
     return randn(n, 16, 4).clamp(-1, 1), torch.arange(n) % 10
+
+
+@contextlib.contextmanager
+def settings_kept():
+    """How torch multiplies stays as it was, or what follows would differ in the last bit from what
+    another process computes."""
+    parts = [p.matmul for p in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(
+        p, "matmul") and hasattr(p.matmul, "fp32_precision")]
+    kept, before = torch.get_float32_matmul_precision(), [p.fp32_precision for p in parts]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(kept)
+        for part, value in zip(parts, before):
+            part.fp32_precision = value
 
 
 def relative(a, b):
@@ -564,8 +580,7 @@ def test_the_solver_computes_in_fp32_and_gives_torch_its_settings_back(interface
     matmul = torch.backends.cuda.matmul
     if not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has only the older interface to TF32")
-    before = matmul.fp32_precision
-    try:
+    with settings_kept():
         if interface == "old":
             torch.set_float32_matmul_precision("high")
         else:
@@ -575,10 +590,6 @@ def test_the_solver_computes_in_fp32_and_gives_torch_its_settings_back(interface
             raise KeyError
         assert matmul.fp32_precision == "tf32"
         assert interface == "new" or torch.get_float32_matmul_precision() == "high"
-    finally:
-        if interface == "old":
-            torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before
 
 
 def test_frozen_refinement_makes_no_gpu_wait():

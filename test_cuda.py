@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import command
 import diffloss
 import fast
-import command
 import sample
 import train
 from diffloss import ImageNoise
 from model import build, preset
 from ot_refine import MAPS, METHODS, Gaussian, Refiner, stages
 from sample import Refinement, draw
+from test_core import settings_kept
 
 torch.set_num_threads(1)
 NAMES, CHAINS = ("gpt-tiny", "mar-tiny", "cdm-tiny"), ("gpt-tiny", "mar-tiny")
@@ -202,19 +203,17 @@ def test_a_training_pass_takes_few_kernels(name, most):
 
 @every("device_rounds", [False, True])
 def test_products_by_one_dnn_are_taken_where_they_are_exact(device_rounds, monkeypatch):
-    linear, before = F.linear, torch.get_float32_matmul_precision()
+    linear = F.linear
     rounded = lambda x, w: linear(x, w) if x.dtype == torch.float64 else linear(
         x.bfloat16(), w.bfloat16()).float()
     if device_rounds:
         monkeypatch.setattr(F, "linear", rounded)
-    try:
+    with settings_kept():
         fast.exact_products()
         assert not device_rounds or torch.get_float32_matmul_precision() == "highest"
         x = torch.randn(200, 768, generator=torch.Generator().manual_seed(1))
         error = (x @ x.T - x.double() @ x.double().T).norm() / (x.double() @ x.double().T).norm()
         assert error < 1e-5, "fp32 keeps 24 bits, bf16 would be off by 2e-3"
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 # ================================================================ graphs, by a stand-in
