@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import evaluate
 import files
 import latents
@@ -346,7 +347,7 @@ def test_training_goes_on_when_its_reader_is_gone_and_a_hangup_is_to_be_ignored(
 
 
 def waits_two_seconds():
-    files.timedelta = lambda minutes: timedelta(seconds=minutes)
+    command.timedelta = lambda minutes: timedelta(seconds=minutes)
 
 
 def test_a_process_whose_partner_never_comes_says_so(tmp_path):
