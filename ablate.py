@@ -521,7 +521,8 @@ def save(fig, path):
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=80)
     fig.clear()
-    picture = Image.open(buffer).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    picture = Image.open(buffer).convert("RGB").quantize(
+        64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)     # keeps rare colours
     write_png(path, picture)
 
 
@@ -560,11 +561,15 @@ def plot_curves(path, panels, floor):
                             marker=".", capsize=2, label=line,
                             linestyle="--" if "none" in line else "-")
             ax.set_xscale("log" if ticks[0] > 0 and ticks[-1] >= 4 * ticks[0] else "linear")
-            if axis != SPEED:
-                ax.set_xticks(ticks, [f"{x:g}" for x in ticks], fontsize=7)
-                ax.minorticks_off()
+            shown = ticks if axis != SPEED else [
+                x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500) if ticks[0] <= x <= ticks[-1]]
+            ax.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=7)
+            ax.xaxis.minorticks_off()
             ax.axhline(floor[key], color="black", linestyle=":", label="real images")
-            ax.set(xlabel=axis, ylabel=f"FD, {space}", ylim=(0, None))
+            values = [p[key] for points in lines.values() for _, p in points]
+            log = max(values) > 5 * min(values)
+            ax.set(xlabel=axis, ylabel=f"FD, {space}", yscale="log" if log else "linear")
+            ax.set_ylim(None if log else 0)
     rows[0, 0].legend(fontsize=7)
     save(fig, path)
 

@@ -592,7 +592,7 @@ def _values(found):
         found = list(found.state_dict().values())
     found = [found] if torch.is_tensor(found) else found
     flat = [z for v in found if v is not None for z in (v if isinstance(v, tuple) else (v,))]
-    return [np.array(z) for z in flat]                         # copies: files are read by mmap
+    return [z.numpy().copy() if torch.is_tensor(z) else np.array(z) for z in flat]
 
 
 def covariance(change):
