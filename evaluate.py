@@ -474,7 +474,7 @@ def from_checkpoint(args, drawing, device):
     def draw(seed):
         with tqdm(total=len(labels), desc=f"sampling, seed {seed}", leave=False,
                   disable=None) as bar:
-            images = job.images(labels, torch.arange(len(labels)), seed, bar.update)
+            images = job.images(labels, torch.arange(len(labels)), seed, tick=bar.update)
         return torch.from_numpy(images), labels
 
     about = {"ckpt": args.ckpt, "step": job.state["step"], "seeds": seeds, "drawing": drawing}
