@@ -290,7 +290,7 @@ class DiffLoss(nn.Module):
         super().__init__()
         self.net, self.x0_bound = net, None
         for name, table in vars(self.schedule).items():                  # alpha, sigma ... in fp32
-            self.register_buffer(name, torch.from_numpy(table).float(), persistent=False)
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
 
     def noised(self, x, t, eps):
         """x_t (..., D) at steps t (...), broadcastable."""
