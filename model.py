@@ -10,7 +10,6 @@ Place i is an index in the generation order, a position one in the raster; for A
 Not here: the denoising head and its samplers (diffloss.py), refinement (ot_refine.py).
 References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffusion loss).
 """
-import difflib
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -20,6 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffloss import OBJECTIVES, T_TRAIN, DenoisingMLP
+from command import closest
 from files import check_fields, check_fits, read_checkpoint
 
 # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the
@@ -111,9 +111,7 @@ IDLE = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width")}    # what a 
 def preset(name, **changes):
     """The Config of a preset with some fields changed."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        raise ValueError(f"unknown model {name!r}; {closest(name, PRESETS)}")
     kind = PRESETS[name]["kind"]
     for field in changes.keys() & IDLE.get(kind, ()):
         raise ValueError(f"{field}={changes[field]} would change nothing: a model of kind {kind} "

@@ -380,11 +380,7 @@ def lesson(K=8, eta=0.25, reg=0.2, path="out/lesson.png"):
     print("step  divergence: debiased   biased   exact map, rate^2k")
     for k, (a, b) in enumerate(zip(*flows.values())):
         print(f"{k:4}  {far(a):20.4f} {far(b):8.4f} {far(c) / (1 + 2 * eta) ** (2 * k):20.4f}")
-    draw_lesson(flows, target, path)
-    print(path)
 
-
-def draw_lesson(flows, target, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -398,7 +394,7 @@ def draw_lesson(flows, target, path):
     axes[0].legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
-    plt.close(fig)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ processes equal one (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 import copy
-import difflib
 import functools
 import math
 import os
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from command import Parser, join, number, on_signal, run
+from command import Parser, closest, join, number, on_signal, run
 from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
                    write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
@@ -107,8 +106,7 @@ def parse_settings(pairs, values):
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, 1) or kinds
-            raise ValueError(f"--set {pair}: no such setting; did you mean {', '.join(close)}?")
+            raise ValueError(f"--set {pair}: no such setting; {closest(name, kinds)}")
         kind, choices = kinds[name], CHOICES.get(name, (value,))
         try:
             values[name] = {"0": False, "1": True}[value] if kind is bool else kind(value)
@@ -230,7 +228,9 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     for j, part in enumerate(index.chunk(args.accumulate)):
         first = step * args.global_batch + mine.start + j * len(part)
         x, y = dataset.train.batch(part, key=(args.seed, first))
-        x, y = (send(z, device) for z in (patchify(x, dataset.patch), y))
+        x = patchify(x, dataset.patch)
+        if device.type != "cpu":             # pinned: the host goes on while the GPU fetches it
+            x, y = (z.contiguous().pin_memory().to(device, non_blocking=True) for z in (x, y))
         last = j == args.accumulate - 1
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
             given = {name: z[j] for name, z in draws.items()}
@@ -256,11 +256,6 @@ def amp(device):
     # emulated bf16 (T4, V100, RTX 20) is slower than fp32
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-
-
-def send(z, device):
-    """z on the device; from pinned memory a GPU fetches it while the host goes on."""
-    return z if device.type == "cpu" else z.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @torch.no_grad()
