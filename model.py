@@ -129,11 +129,11 @@ def build(config):
 
 # ---------------------------------------------------------------- the causal transformer
 
-def rope_2d(grid, head_dim, base=10000):
+def rope_2d(grid, head_dim):
     """cos and sin (1 + N, head_dim) for `rotate`: half of the pairs turn with the row, half with
     the column. Position 0 is the class token at (0, 0); patch (r, s) stands at (r + 1, s + 1).
     """
-    freq = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    freq = 10000 ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
     at = torch.arange(1, grid + 1, dtype=torch.float32)[:, None] * freq      # (grid, head_dim / 4)
     rows, columns = at[:, None].expand(-1, grid, -1), at[None].expand(grid, -1, -1)
     angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)
@@ -364,7 +364,7 @@ def set_threads(model, device, threads=0):
 
 # ---------------------------------------------------------------- checkpoints
 
-def load_model(path, device="cpu", ema=True):
+def load_model(path, device="cpu"):
     """(model in eval mode, checkpoint dict); ValueError if the weights do not fit. A field of
     Config that the file lacks takes its default, one that Config lacks goes with its weights."""
     state = read_checkpoint(path)
@@ -375,7 +375,7 @@ def load_model(path, device="cpu", ema=True):
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged config: {error}") from None
     gone = tuple(f"{k}." for k in state["config"] if k not in known)
-    weights = {k: v for k, v in state["ema" if ema else "model"].items() if not k.startswith(gone)}
+    weights = {k: v for k, v in state["ema"].items() if not k.startswith(gone)}
     try:
         with torch.device("meta"):              # no memory is taken before it is known to be needed
             build(cfg).load_state_dict(weights, assign=True)

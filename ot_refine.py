@@ -199,7 +199,7 @@ class Gaussian:
         return self.to + (z - self.mean) @ self.A
 
 
-def shrunk(scatter, n, both, strength=0.5):
+def shrunk(scatter, n, both):
     """The covariance (C, C) of n points, moved towards the shape of `both` at its own scale: by
     half of the optimum of a Gaussian sample (Ledoit & Wolf 2004), little where n is large, wholly
     at n = 1, so that a map fitted on one condition is a shift of the mean."""
@@ -208,7 +208,7 @@ def shrunk(scatter, n, both, strength=0.5):
         return prior
     cov = scatter / (n - 1)
     noise = (both.trace().square() + both.square().sum()) / (n - 1)
-    weight = strength * noise / (cov - prior).square().sum().clamp_min(1e-300)
+    weight = 0.5 * noise / (cov - prior).square().sum().clamp_min(1e-300)
     return torch.lerp(cov, prior, weight.clamp(1e-3, 1))
 
 

@@ -183,8 +183,6 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95,
                                     "scale": 10.0})
-        for p in matrices:
-            self.state[p]["momentum"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -192,6 +190,8 @@ class Muon(torch.optim.Optimizer):
         lr, beta = group["lr"], group["momentum"]
         for shape in dict.fromkeys(p.shape for p in group["params"]):
             same = [p for p in group["params"] if p.shape == shape]
+            for p in same:
+                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
             grads, kept = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
             torch._foreach_lerp_(kept, grads, 1 - beta)
             mixed = torch.stack(grads).lerp_(torch.stack(kept), beta)        # (n, rows, columns)
