@@ -62,14 +62,19 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = list(self._option_string_actions)
-            close = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
+            hint = closest(unknown[0].split("=")[0], self._option_string_actions, "see --help")
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return known
 
     def error(self, message):
         raise ValueError(message)
+
+
+def closest(word, known, otherwise=None):
+    """What to tell of a mistyped word: the known one that it may stand for, or all."""
+    close = difflib.get_close_matches(word, known, 1)
+    all_of_them = otherwise or f"choose one of {', '.join(known)}"
+    return f"did you mean {close[0]}?" if close else all_of_them
 
 
 def number(kind, low, high=float("inf")):

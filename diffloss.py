@@ -1,8 +1,8 @@
 """The diffusion loss: a small denoising MLP draws a patch x_i ~ p(x | c_i).
 
-What it is: the head of Li et al. 2024 ("MAR", arXiv 2406.11838, section 3), the Gaussian diffusion
-it is trained with, and the samplers. What it is not: it knows nothing of images, transformers or
-refinement; everything here acts on tokens x (..., D) under conditions c (..., C).
+The head of Li et al. 2024 ("MAR", arXiv 2406.11838, section 3), the diffusion it is trained with,
+and the samplers. All act on tokens x (..., D) under conditions c (..., C) and know nothing of
+images, transformers or refinement.
 
     x_t = sqrt(abar_t) x + sqrt(1 - abar_t) eps                      forward process
     loss = || eps - eps_theta ||^2 + VLB(mean detached)              arXiv 2102.09672, eq. 14-16
@@ -66,11 +66,8 @@ class FinalLayer(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """eps_theta and the variance fraction of a patch, given the noised patch, t and its condition.
-
-    x_t (..., D), t (...) broadcastable, c (..., C) -> eps (..., D), v (..., D), v in about [-1, 1].
-    Parameter names are those of MAR's released checkpoints.
-    """
+    """Noised patch x_t (..., D), step t (...) broadcastable, condition c (..., C) -> eps_theta
+    (..., D), variance fraction v (..., D), in about [-1, 1]. Parameters have MAR's names."""
 
     def __init__(self, token_dim, cond_dim, width, depth):
         super().__init__()
@@ -79,9 +76,6 @@ class DenoisingMLP(nn.Module):
         self.input_proj = nn.Linear(token_dim, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * token_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self):
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -94,11 +88,11 @@ class DenoisingMLP(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def modulations(self, y):
-        """y = time + condition (..., width) -> each block's (shift, gain, gate), the last's without
-        gate; gain = 1 + scale."""
+        """y = time + condition (..., width) -> (shift, gain = 1 + scale, gate) of each block,
+        (shift, gain) of the last layer."""
         y = F.silu(y)                        # once: adaLN_modulation is SiLU, Linear in each block
-        mods = [b.adaLN_modulation[1](y) for b in (*self.res_blocks, self.final_layer)]
-        parts = [mod.chunk(3, dim=-1) for mod in mods[:-1]] + [mods[-1].chunk(2, dim=-1)]
+        parts = [b.adaLN_modulation[1](y).split(y.shape[-1], dim=-1)
+                 for b in (*self.res_blocks, self.final_layer)]
         return [(shift, 1 + scale, *gate) for shift, scale, *gate in parts]
 
     def denoise(self, x_t, mods):
@@ -120,9 +114,9 @@ class DenoisingMLP(nn.Module):
         """`forward` as a function (x_t, t: int) of one trajectory, whose steps `ts` (in order) and
         condition c (..., C) are known. x_t may lack leading dimensions of c (guidance's branches).
 
-        Modulations are 3/5 of the arithmetic and do not depend on x_t: they are computed for as
-        many steps ahead as make `rows` rows, so that with few rows the weights are read once and
-        not once a step. Twice as fast at batch 1 (bench.py); the same values.
+        The modulations do not depend on x_t: they are computed for as many steps ahead as make
+        `rows` rows, so that with few rows their weights, 3/5 of all, are not read once a step.
+        Twice as fast at batch 1 (bench.py); the same values.
         """
         ahead = max(1, rows // c.shape[:-1].numel())
         cond, time = self.cond_embed(c), self.time_embed(on_device(tuple(ts), c.device))
@@ -150,24 +144,28 @@ def on_device(ts, device):
 
 # ---------------------------------------------------------------- the schedule
 
-def cosine_betas(n=T_TRAIN):
-    """beta_t (n,) float64 of the squared-cosine schedule (2102.09672, eq. 17), clipped at .999."""
-    abar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+def respaced_steps(steps):
+    """`steps` training steps, evenly spread over 0 .. 999 with both ends kept: int64 (steps,)."""
+    if not 1 <= steps <= T_TRAIN:
+        raise ValueError(f"{steps} diffusion steps asked for, but 1 to {T_TRAIN} are possible")
+    k, last = np.arange(steps), T_TRAIN - 1
+    return (k * last / (steps - 1)).round().astype(np.int64) if steps > 1 else np.array([last])
 
 
 class Schedule:
-    """Float64 tables of a diffusion whose step j is the training step `timestep_map[j]`.
+    """Float64 tables of a diffusion in `steps` of the training steps, step j being timestep_map[j].
 
-    Attributes (n,): abar, alpha = sqrt(abar), sigma = sqrt(1 - abar) (in fp32 1 - abar itself would
-    lose three digits at t = 0), betas, x0_from_xt and x0_from_eps (x0 = x0_from_xt x_t -
+    Attributes (steps,): abar, alpha = sqrt(abar), sigma = sqrt(1 - abar) (in fp32 1 - abar itself
+    would lose three digits at t = 0), betas, x0_from_xt and x0_from_eps (x0 = x0_from_xt x_t -
     x0_from_eps eps), mean_x0 and mean_xt (posterior mean = mean_x0 x0 + mean_xt x_t), log_var_min
     (posterior variance; the first, which is 0, replaced by the second), log_var_max (beta).
     """
 
-    def __init__(self, timestep_map=None):
-        full = np.cumprod(1 - cosine_betas())
-        self.timestep_map = np.arange(T_TRAIN) if timestep_map is None else np.asarray(timestep_map)
+    def __init__(self, steps=T_TRAIN):
+        self.timestep_map = respaced_steps(steps)
+        # betas of the squared cosine (2102.09672, eq. 17), clipped at .999
+        full = np.cos((np.arange(T_TRAIN + 1) / T_TRAIN + 0.008) / 1.008 * np.pi / 2) ** 2
+        full = np.cumprod(1 - np.minimum(1 - full[1:] / full[:-1], 0.999))
         self.abar = full[self.timestep_map]
         self.alpha, self.sigma = self.abar ** 0.5, (1 - self.abar) ** 0.5
         prev = np.append(1.0, self.abar[:-1])
@@ -180,17 +178,11 @@ class Schedule:
         self.log_var_max = np.log(self.betas)
 
 
-def respaced_steps(steps, n=T_TRAIN):
-    """`steps` training steps, evenly spread over 0 .. n-1 with both ends kept: int64 (steps,)."""
-    if not 1 <= steps <= n:
-        raise ValueError(f"{steps} diffusion steps asked for, but 1 to {n} are possible")
-    last = [n - 1] if steps == 1 else [round(i * (n - 1) / (steps - 1)) for i in range(steps)]
-    return np.array(last, dtype=np.int64)
+respaced = lru_cache(Schedule)
 
 
-@lru_cache
-def respaced(steps):
-    return Schedule(respaced_steps(steps))
+def backwards(steps):
+    return respaced_steps(steps)[::-1].tolist()
 
 
 @lru_cache
@@ -198,8 +190,7 @@ def logsnr_steps(steps):
     """`steps` training steps from t = 990 to 0, evenly spread in log(alpha / sigma): ints."""
     respaced_steps(steps)                                   # are they possible?
     lam = np.log(respaced(T_TRAIN).alpha / respaced(T_TRAIN).sigma)
-    grid = np.linspace(lam[990], lam[0], steps) if steps > 1 else lam[[990]]
-    ts = [int(np.abs(lam - value).argmin()) for value in grid]
+    ts = [int(np.abs(lam - at).argmin()) for at in np.linspace(lam[990], lam[0], steps)]
     for j in reversed(range(steps - 1)):
         ts[j] = max(ts[j], ts[j + 1] + 1)                   # fine grids: never the same step twice
     return [min(t, T_TRAIN - 1 - j) for j, t in enumerate(ts)]
@@ -211,14 +202,13 @@ def logsnr_steps(steps):
 #   noise (n_noise, ..., D): noise[0] starts the trajectory, noise[j] follows the j-th evaluation
 #   temperature multiplies the fresh noise or, where there is none, the initial one
 #   callback(t, x_t, x0) is called after each evaluation
-# A small head takes no longer than the sampler's own arithmetic, so that each is written in as few
-# operations as torch allows, with Python's numbers (numpy's become tensors first).
+# In as few operations as torch allows, with Python's numbers (numpy's become tensors first), as a
+# small head takes no longer than they do.
 
 def ddpm(denoise, noise, steps, temperature=1.0, callback=None):
     """Ancestral sampling on a respaced schedule (arXiv 2006.11239, 2102.09672)."""
     s, x = respaced(steps), noise[0] * 1.0
-    for j in reversed(range(steps)):
-        t = int(s.timestep_map[j])
+    for j, t in zip(reversed(range(steps)), backwards(steps)):
         x0, v = denoise(x, t)
         if callback:
             callback(t, x, x0)
@@ -234,14 +224,13 @@ def ddpm(denoise, noise, steps, temperature=1.0, callback=None):
 def ddim(denoise, noise, steps, temperature=1.0, callback=None):
     """The deterministic sampler of arXiv 2010.02502 on the same schedule."""
     s, x = respaced(steps), noise[0] * temperature
-    prev = np.append(1.0, s.abar[:-1])
-    for j in reversed(range(steps)):
-        t = int(s.timestep_map[j])
+    prev = [1.0, *s.abar.tolist()]
+    for j, t in zip(reversed(range(steps)), backwards(steps)):
         x0, _ = denoise(x, t)
         if callback:
             callback(t, x, x0)
         eps = (x * float(s.x0_from_xt[j]) - x0) / float(s.x0_from_eps[j])   # that of the bounded x0
-        x = torch.add(x0 * math.sqrt(prev[j]), eps, alpha=math.sqrt(max(1 - prev[j], 0.0)))
+        x = torch.add(x0 * math.sqrt(prev[j]), eps, alpha=math.sqrt(1 - prev[j]))
     return x
 
 
@@ -266,10 +255,6 @@ class Solver(NamedTuple):
     run: Callable                     # one of the functions above
     timesteps: Callable               # steps -> the t's, in order, at which it calls the denoiser
     fresh: int                        # noise tensors per step, beside the initial one
-
-
-def backwards(steps):
-    return respaced_steps(steps)[::-1].tolist()
 
 
 # ---------------------------------------------------------------- the loss
@@ -305,32 +290,27 @@ class DiffLoss(nn.Module):
         super().__init__()
         self.net, self.x0_bound = net, None
         for name, table in vars(self.schedule).items():                  # alpha, sigma ... in fp32
-            table = torch.tensor(table, dtype=torch.float32)
-            self.register_buffer(name, table, persistent=False)
+            self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
 
     def noised(self, x, t, eps):
         """x_t (..., D) at steps t (...), broadcastable."""
         return self.alpha[t][..., None] * x + self.sigma[t][..., None] * eps
 
     def forward(self, x, c, t, eps):
-        """Loss per token (...) = mse + vb. eps (..., D) fp32, t (...) int64 in 0 .. 999; x (..., D)
-        and c (..., C) broadcast."""
-        mse, vb = self.terms(x, c, t, eps)
-        return mse + vb
+        """Loss per token (...), the sum of the `terms`. eps (..., D) fp32, t (...) int64 in
+        0 .. 999; x (..., D) and c (..., C) broadcast."""
+        return sum(self.terms(x, c, t, eps))
 
     def terms(self, x, c, t, eps):
         """(mse, vb) per token (...): the squared error of eps; the variational bound in bits."""
-        x_t = self.noised(x, t, eps)
+        x_t, at = self.noised(x, t, eps), lambda table: table[t][..., None]
         eps_hat, v = (out.float() for out in self.net(x_t, t, c))
         mse = (eps - eps_hat).square().mean(-1)
-
-        at = lambda table: table[t][..., None]
         # the bound trains the variance alone: the mean is detached, so that MSE decides eps
         x0_hat = at(self.x0_from_xt) * x_t - at(self.x0_from_eps) * eps_hat.detach()
         mean_hat = at(self.mean_x0) * x0_hat + at(self.mean_xt) * x_t
         mean = at(self.mean_x0) * x + at(self.mean_xt) * x_t
-        frac = (v + 1) / 2
-        log_var = frac * at(self.log_var_max) + (1 - frac) * at(self.log_var_min)
+        log_var = torch.lerp(at(self.log_var_min), at(self.log_var_max), (v + 1) / 2)
         kl = gaussian_kl(mean, at(self.log_var_min), mean_hat, log_var).mean(-1)
         nll = discretised_nll(x, mean_hat, log_var).mean(-1)
         return mse, torch.where(t == 0, nll, kl) / math.log(2)
@@ -355,7 +335,7 @@ class DiffLoss(nn.Module):
         eps_null); v is the conditional branch's (as in MAR). ts: the steps at which it will be
         called, in order, if they are known: the same function, faster.
         """
-        # a scale on the device (in a captured graph) is not asked for its value
+        # a scale on the device, in a captured graph, is not asked for its value
         guided = c_null is not None and (torch.is_tensor(cfg_scale) or cfg_scale != 1.0)
         s = self.schedule
         if ts and hasattr(self.net, "along"):

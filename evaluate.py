@@ -4,19 +4,17 @@
     python evaluate.py --samples s.npz --ref r.npz --features inception    FID as it is published
     python evaluate.py --samples s.npz --dataset digits
 
-Reading order: the metrics, pure functions of features in float64; the feature spaces; the Judge,
-which holds real images and measures others against them; files; the command. A feature space is
+The metrics are pure functions of features, in float64. A feature space is a function
 
     images uint8 (n, H, W, C) -> features (n, F) float32, logits (n, K) or None
 
-so that no metric knows what a pixel is, and a new space is a function. The Frechet distance of few
-images is too large, by about tr(S) / n and more: each number stands beside that of training images
-against the same reference (the floor), and beside KID, which is unbiased.
+The Judge holds real images and measures others against them. The Frechet distance of few images is
+too large, by about tr(S) / n and more: each number stands beside that of training images against
+the same reference (the floor), and beside KID, which is unbiased.
 
 References: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception
 score), Kynkaanniemi et al. 2019 (precision, recall), Dhariwal & Nichol 2021 (files, protocol).
 """
-import hashlib
 import json
 import os
 import sys
@@ -33,8 +31,9 @@ import data
 import sample
 from data import patchify, to_uint8
 from command import Parser, number, run
-from files import check_output, checked_images, read_npz, read_weights, write, write_json
+from files import check_output, checked_images, read_npz, read_weights, sha256, write, write_json
 from model import pick_device
+from ot_refine import sqrtm
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
 MAX_REAL = 10_000           # reference images, as in the published protocol
@@ -62,26 +61,15 @@ def frechet_distance(mu1, S1, mu2, S2):
     rounding of 1e-16 into 1e-8 in each null direction; so it is 1e-12, and exactly symmetric.
     """
     mu1, S1, mu2, S2 = (torch.as_tensor(a).double() for a in (mu1, S1, mu2, S2))
-
-    def root(S):
-        w, q = torch.linalg.eigh(S)
-        return (q * w.clamp(min=0).sqrt()) @ q.T
-
-    cross = torch.linalg.svdvals(root(S1) @ root(S2)).sum()
+    cross = torch.linalg.svdvals(sqrtm(S1) @ sqrtm(S2)).sum()
     return max(0., ((mu1 - mu2).square().sum() + S1.trace() + S2.trace() - 2 * cross).item())
 
 
 def kid(x, y, block=1000, n_blocks=100, seed=0):
-    """Unbiased squared MMD of x (n, F), y (m, F) under (x.y / F + 1)^3: mean, std over blocks.
-
-    A block takes at most half of the smaller set, or all blocks would be the same.
-    """
+    """Unbiased squared MMD of x (n, F), y (m, F) under (x.y / F + 1)^3: mean, std over blocks."""
     gen = torch.Generator().manual_seed(seed)
-    block = min(block, min(len(x), len(y)) // 2)
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
+    block = min(block, len(x) // 2, len(y) // 2)            # of all, blocks would be the same
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
     values = torch.empty(n_blocks, dtype=torch.float64)
     for k in range(n_blocks):
         a = x[torch.randperm(len(x), generator=gen)[:block]].double()
@@ -95,7 +83,7 @@ def kid(x, y, block=1000, n_blocks=100, seed=0):
 def inception_score(probs, splits=10, seed=0):
     """exp of the mean KL(p(y|x) || p(y)) of probs (n, K): mean and std over splits.
 
-    Shuffled first: a file sorted by class has a few classes a split, which gives 60 for 300.
+    Shuffled first: a file sorted by class has few classes a split, which gives 60 for 300.
     """
     order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(seed))
     parts, log = probs[order].double().tensor_split(splits), torch.special.xlogy
@@ -106,10 +94,9 @@ def inception_score(probs, splits=10, seed=0):
 def distances(x, y):
     """Euclidean distances of x (n, F) and y (m, F), some rows at a time: yields (rows, m)."""
     y = y.double()
-    y2 = y.square().sum(1)
     for a in x.split(max(1, CHUNK // len(y))):
         a = a.double()
-        size = a.square().sum(1, keepdim=True) + y2
+        size = a.square().sum(1, keepdim=True) + y.square().sum(1)
         d2 = size - 2 * a @ y.T
         yield torch.where(d2 > 1e-13 * size, d2, 0.).sqrt()     # duplicates at 0, not at 1e-8
 
@@ -155,8 +142,8 @@ def sliced_w2(x, y, n_proj=256, seed=0):
 
 
 def copy_ratio(samples, seen, unseen):
-    """Mean distance to the nearest image that the sampler saw, over that to the nearest of real
-    ones that it did not. All (n, F). A copier is far below what held-out images have."""
+    """Mean distance to the nearest image that the sampler saw, over that to the nearest real one
+    that it did not. All (n, F). A copier is far below what held-out images have."""
     return (nearest(samples, seen)[0].mean() / nearest(samples, unseen)[0].mean()).item()
 
 
@@ -180,10 +167,8 @@ class Classifier(nn.Module):
 
     def __init__(self, channels, num_classes):
         super().__init__()
-
-        def conv(a, b):
-            return [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-
+        conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
+                             nn.ReLU()]
         self.body = nn.Sequential(
             *conv(channels, 16), *conv(16, 16), nn.MaxPool2d(2, ceil_mode=True),
             *conv(16, 32), *conv(32, 32), nn.AdaptiveMaxPool2d(3),
@@ -192,9 +177,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(64, num_classes)
 
     def forward(self, images, augment=None):
-        x = small(images)
-        if augment is not None:
-            x = jitter(x, augment)
+        x = small(images) if augment is None else jitter(small(images), augment)
         x = self.norm(self.body(x))
         return x, self.head(F.relu(x))
 
@@ -221,15 +204,12 @@ def jitter(x, generator):
 
 
 def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
-    """The Classifier of images uint8 (n, H, W, C) and labels (n,) from 0 up: seeded, on the CPU.
-
-    Kept in the folder `cache` under a hash of images, labels and settings.
-    """
+    """The Classifier of images uint8 (n, H, W, C) and labels (n,) from 0 up: seeded, on the CPU,
+    kept in the folder `cache` under a hash of all that it depends on."""
     images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-    digest = hashlib.sha256(json.dumps(["version 2", seed, epochs, *images.shape]).encode())
-    digest.update(images.contiguous().numpy().tobytes() + labels.numpy().tobytes())
-    path = Path(cache, f"classifier-{digest.hexdigest()[:16]}.pt")
-
+    digest = sha256([json.dumps(["version 2", seed, epochs, *images.shape]).encode(),
+                     images.numpy().tobytes(), labels.numpy().tobytes()])
+    path = Path(cache, f"classifier-{digest}.pt")
     with torch.random.fork_rng(devices=[]):             # the caller's random state stays
         torch.manual_seed(seed)
         net = Classifier(images.shape[3], int(labels.max()) + 1)
@@ -267,8 +247,7 @@ def make_extractor(name, real, device="cpu", weights=None, cache="cache"):
         import inception
         return inception.load_inception(weights).to(device)
     if real.train_labels is None:
-        raise ValueError("--features classifier learns from training images, which --ref does not "
-                         "have: give --dataset")
+        raise ValueError("--features classifier learns from training images: give --dataset")
     return train_classifier(real.train_images, real.train_labels, cache=cache).to(device)
 
 
@@ -309,12 +288,10 @@ def real_images(dataset, device="cpu"):
         if len(index) < len(split):
             name = "held-out" if split is dataset.heldout else "training"
             print(f"note: {len(index)} of {len(split)} {name} images are used")
-        images, labels = [], []
-        for part in index.split(256):               # an image is 48 times as large as its latent
-            x, y = split.batch(part)
-            images.append(to_uint8(dataset.decode(patchify(x, dataset.patch).to(device))))
-            labels.append(y)
-        found += [torch.from_numpy(np.concatenate(images)), torch.cat(labels)]
+        batches = map(split.batch, index.split(256))
+        tokens = ((patchify(x, dataset.patch).to(device), y) for x, y in batches)
+        parts = [(torch.from_numpy(to_uint8(dataset.decode(x))), y) for x, y in tokens]
+        found += map(torch.cat, zip(*parts))
     if dataset.vae:
         print("note: the real images are decoded latents: what the VAE loses is not counted")
     return Real(*found)
@@ -391,34 +368,26 @@ def read_images(z, path):
     return torch.from_numpy(x), None if y is None else torch.from_numpy(y)
 
 
-def numbers(a, path):
-    if a.dtype.kind not in "fiu":
-        raise ValueError(f"{path} holds {a.dtype} {a.shape}, expected numbers")
-    return a.astype(float)
-
-
-def check_covariance(stats, path):
-    """ValueError unless sigma is one: symmetric, no variance negative, both within rounding."""
-    sigma = stats[1]
-    size, least = sigma.abs().max(), torch.linalg.eigvalsh(sigma)[0]
-    if (sigma - sigma.T).abs().max() > 1e-4 * size or least < -1e-4 * size:
-        raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, and its least "
-                         f"eigenvalue, {least:.3g}, not negative")
-
-
 def read_real(path):
     """The Real of --ref: images, the mean and covariance mu and sigma, or both."""
     z = read_npz(path)
-    stats = tuple(torch.from_numpy(numbers(z[k], path)) for k in ("mu", "sigma") if k in z)
+    stats = [z[k] for k in ("mu", "sigma") if k in z]
+    for a in stats:
+        if a.dtype.kind not in "fiu":
+            raise ValueError(f"{path} holds {a.dtype} {a.shape}, expected numbers")
     if stats:
-        shapes = [tuple(a.shape) for a in stats]
-        finite = all(a.isfinite().all() and a.abs().max() < 1e30 for a in stats if a.numel())
-        if not finite or shapes != [shapes[0][:1], shapes[0][:1] * 2]:
+        stats, shapes = [torch.from_numpy(a.astype(float)) for a in stats], [a.shape for a in stats]
+        if (shapes != [shapes[0][:1], shapes[0][:1] * 2]
+                or not all(a.numel() and a.abs().max() < 1e30 for a in stats)):
             raise ValueError(f"{path}: mu and sigma have shapes {shapes}; expected (F,) and "
                              "(F, F), finite")
-        check_covariance(stats, path)
+        sigma = stats[1]
+        size, least = sigma.abs().max(), torch.linalg.eigvalsh(sigma)[0]
+        if (sigma - sigma.T).abs().max() > 1e-4 * size or least < -1e-4 * size:
+            raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, and its least "
+                             f"eigenvalue, {least:.3g}, not negative")
     images = read_images(z, path) if "arr_0" in z or not stats else (None, None)
-    return Real(*images, gaussian=stats or None)
+    return Real(*images, gaussian=tuple(stats) or None)
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
@@ -437,7 +406,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--ckpt", help="draw from this checkpoint or run, compare with its held-out images")
     add("--n", type=number(int, MIN_IMAGES), default=1000,
-        help="--ckpt: images a seed, rounded up to equally many of each class")
+        help="--ckpt: images a seed, rounded up to as many of each class")
     add("--seeds", "--seed", type=number(int, 0, 2 ** 32 - 1), nargs="+", default=[0],
         metavar="SEED", help="--ckpt: of the noise; several give mean +- deviation")
     add("--samples", metavar="NPZ", help="measure a file of sample.py --out, or of its layout")
@@ -447,8 +416,7 @@ def parse_args(argv=None):
     add("--data_dir", help="folder of the data set (--ckpt: default as in training)")
     add("--features", choices=("classifier", "pixels", "inception"),
         help="what the metrics see (default: with --ref inception, else classifier)")
-    add("--weights", default="cache/pt_inception-2015-12-05-6726825d.pth",
-        help="--features inception: its weights")
+    add("--weights", default="cache/pt_inception-2015-12-05-6726825d.pth", help="of inception")
     add("--cache", default="cache", help="folder that keeps trained classifiers")
     add("--json", metavar="FILE", help="also write the numbers there")
     add("--vae", help="kl16.ckpt, which decodes the latents of --ckpt or --dataset")
@@ -472,10 +440,9 @@ def from_checkpoint(args, drawing, device):
         check_unseen(job.refinement, dataset)
 
     def draw(seed):
-        with tqdm(total=len(labels), desc=f"sampling, seed {seed}", leave=False,
-                  disable=None) as bar:
-            images = job.images(labels, torch.arange(len(labels)), seed, bar.update)
-        return torch.from_numpy(images), labels
+        every, title = torch.arange(len(labels)), f"sampling, seed {seed}"
+        with tqdm(total=len(labels), desc=title, leave=False, disable=None) as bar:
+            return torch.from_numpy(job.images(labels, every, seed, tick=bar.update)), labels
 
     about = {"ckpt": args.ckpt, "step": job.state["step"], "seeds": seeds, "drawing": drawing}
     return about, map(draw, seeds), real_images(dataset, device)
@@ -493,8 +460,7 @@ def check_unseen(refinement, dataset):
 def from_file(args, device):
     """The same of --samples."""
     if bool(args.ref) == bool(args.dataset):
-        raise ValueError("what are the samples to be measured against? give either --ref FILE or "
-                         "--dataset NAME")
+        raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
     images, labels = read_images(read_npz(args.samples), args.samples)
     if args.ref:
         real = read_real(args.ref)
@@ -519,8 +485,7 @@ def from_file(args, device):
 def main(argv=None):
     args, drawing = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("evaluate.py is one process: draw with torchrun -- sample.py --out s.npz, "
-                         "then measure --samples s.npz")
+        raise ValueError("evaluate.py is one process: draw by torchrun -- sample.py --out s.npz")
     if bool(args.ckpt) == bool(args.samples):
         raise ValueError("what is to be measured? give either --ckpt RUN or --samples FILE")
     device, out = pick_device(args.device), args.json and check_output("--json", args.json)
@@ -532,14 +497,13 @@ def main(argv=None):
                          from_file(args, device))
 
     judge = Judge(make_extractor(features, real, device, weights, cache), real, device)
-    measured = [judge(images, labels) for images, labels in sets]
-    n, dim = measured[0][0].shape
+    x, values = zip(*(judge(images, labels) for images, labels in sets))
+    n, dim = x[0].shape
     floor, which = judge.floor(n)
     result = {**about, "features": features, "dim": dim, "n_samples": n,
-              "n_ref": None if judge.x is None else len(judge.x),
-              "values": mean_std([values for _, values in measured]), "floor": floor,
-              "floor_is": which}
-    print_table(result, len(measured))
+              "n_ref": None if judge.x is None else len(judge.x), "values": mean_std(values),
+              "floor": floor, "floor_is": which}
+    print_table(result, len(values))
     if out:
         write_json(out, result)
 

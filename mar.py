@@ -372,7 +372,7 @@ class CDM(Generator):
 
     def draw(self, n, generator):
         """As for a patch, but with one use and one t per image."""
-        draws = super().draw(n, generator, self.cfg.n_tokens)
+        draws = super().draw(n, generator)
         return {"drop": draws["drop"], "t": draws["t"][:, :1, 0], "eps": draws["eps"][:, :, 0]}
 
     def conditions(self, x, y):

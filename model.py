@@ -6,12 +6,10 @@
                                the known patches are real
     generate(y, noise, ...)    tokens (B, N, D): Algorithm 1; `refine` moves each condition
 
-A condition c is a vector of width C. Place i is an index in the generation order, a position one in
-the raster; for AR they are the same. What is not here: the denoising head and its samplers
-(diffloss.py), refinement (ot_refine.py).
+Place i is an index in the generation order, a position one in the raster; for AR they are the same.
+Not here: the denoising head and its samplers (diffloss.py), refinement (ot_refine.py).
 References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffusion loss).
 """
-import difflib
 import math
 import os
 from dataclasses import asdict, dataclass, fields
@@ -21,11 +19,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from diffloss import OBJECTIVES, T_TRAIN, DenoisingMLP
+from command import closest
 from files import check_fields, check_fits, read_checkpoint
 
 # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the
-# displacement, too. Images are drawn with this scale unless told otherwise, one for all small
-# models, from the tuning sets. Alternative: none, 1. Flag: --cfg_scale.
+# displacement, too. This scale is from the tuning sets. Alternative: none, 1. Flag: --cfg_scale.
 GUIDANCE = 1.5
 KINDS = ("ar", "mar", "cdm")
 
@@ -55,24 +53,22 @@ class Config:
 
     def __post_init__(self):
         check_fields(asdict(self), {f.name: f.type for f in fields(self)})
+        least = dict.fromkeys(
+            ("n_head", "n_embd", "token_dim", "grid", "diffusion_batch_mul", "num_classes"), 1)
+        known = {"kind": KINDS, "objective": OBJECTIVES}
         for name, value in asdict(self).items():
-            least = name in ("n_head", "n_embd", "token_dim", "grid", "diffusion_batch_mul")
-            if not isinstance(value, str) and not least <= value <= 2 ** 20:
-                raise ValueError(f"{name}={value} is out of range: {int(least)} to {2 ** 20}")
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r}; choose one of {', '.join(KINDS)}")
+            if name in known and value not in known[name]:
+                raise ValueError(f"{name}={value!r}; choose one of {', '.join(known[name])}")
+            if name not in known and not least.get(name, 0) <= value <= 2 ** 20:
+                raise ValueError(f"{name}={value} is out of range: at least {least.get(name, 0)}, "
+                                 f"at most {2 ** 20}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if (self.kind == "ar" or self.rope) and self.n_embd // self.n_head % 4:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head} must be divisible by "
                              "4 for 2-D RoPE")
-        if self.n_decoder < 0 or self.n_decoder and self.kind != "mar":
-            raise ValueError(f"n_decoder={self.n_decoder}: only mar models have a decoder, of 0 "
-                             "(as many as n_layer) or more layers")
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes={self.num_classes} must be at least 1")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective={self.objective!r}; choose one of {', '.join(OBJECTIVES)}")
+        if self.n_decoder and self.kind != "mar":
+            raise ValueError(f"n_decoder={self.n_decoder}: only mar models have a decoder")
 
     @property
     def n_tokens(self):
@@ -108,24 +104,18 @@ PRESETS = {
                      mask_min=0.0, mask_std=0.5),
     "cdm-tiny": dict(kind="cdm", **sizes(4, 2, 82), dropout=0.05, diffusion_batch_mul=1),
 }
-
-
-# fields that a kind does not read
 OF_MAR = ("n_class_tokens", "mask_min", "mask_std", "rope")
-IDLE = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width")}
+IDLE = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width")}    # what a kind does not read
 
 
 def preset(name, **changes):
     """The Config of a preset with some fields changed."""
     if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(PRESETS)}"
-        raise ValueError(f"unknown model {name!r}; {hint}")
+        raise ValueError(f"unknown model {name!r}; {closest(name, PRESETS)}")
     kind = PRESETS[name]["kind"]
-    idle = [field for field in changes if field in IDLE.get(kind, ())]
-    if idle:
-        raise ValueError(f"{idle[0]}={changes[idle[0]]} would change nothing: a model of kind "
-                         f"{kind} does not read it")
+    for field in changes.keys() & IDLE.get(kind, ()):
+        raise ValueError(f"{field}={changes[field]} would change nothing: a model of kind {kind} "
+                         "does not read it")
     return Config(**{**PRESETS[name], **changes})
 
 
@@ -139,11 +129,11 @@ def build(config):
 
 # ---------------------------------------------------------------- the causal transformer
 
-def rope_2d(grid, head_dim, base=10000):
+def rope_2d(grid, head_dim):
     """cos and sin (1 + N, head_dim) for `rotate`: half of the pairs turn with the row, half with
     the column. Position 0 is the class token at (0, 0); patch (r, s) stands at (r + 1, s + 1).
     """
-    freq = base ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
+    freq = 10000 ** (-torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))
     at = torch.arange(1, grid + 1, dtype=torch.float32)[:, None] * freq      # (grid, head_dim / 4)
     rows, columns = at[:, None].expand(-1, grid, -1), at[None].expand(grid, -1, -1)
     angle = torch.cat([rows, columns], dim=-1).flatten(0, 1)
@@ -153,10 +143,8 @@ def rope_2d(grid, head_dim, base=10000):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[2j], x[2j+1]) of x (..., T, head_dim) by tables (T, head_dim) of rope_2d.
-
-    No complex numbers, which torch.compile cannot fuse.
-    """
+    """Turn the pairs (x[2j], x[2j+1]) of x (..., T, head_dim) by tables (T, head_dim) of rope_2d:
+    without complex numbers, which torch.compile cannot fuse."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
 
@@ -190,10 +178,8 @@ class CausalBlock(nn.Module):
 
 
 class InverseMap(nn.Module):
-    """T^-1: the condition that a patch reveals, E[c_i | x_i], learned by regression.
-
-    x (..., D) clean patches, i (...) their positions -> (..., C).
-    """
+    """T^-1: the condition that a patch reveals, E[c_i | x_i], learned by regression. Clean patches
+    x (..., D), their positions i (...) -> (..., C)."""
 
     def __init__(self, token_dim, cond_dim, n_positions, width=128):
         super().__init__()
@@ -225,10 +211,10 @@ class Generator(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
 
-    def draw(self, n, generator, per_image):
-        """t and eps for `per_image` tokens of each of n images, and which labels are dropped."""
+    def draw(self, n, generator, per_image=None):
+        """t and eps for `per_image` (all) tokens of each of n images, and which labels go."""
         at = {"generator": generator, "device": generator.device}
-        uses = (n, per_image, self.cfg.diffusion_batch_mul)
+        uses = (n, per_image or self.cfg.n_tokens, self.cfg.diffusion_batch_mul)
         return {"drop": torch.rand(n, **at) < self.cfg.class_dropout,
                 "t": torch.randint(0, T_TRAIN, uses, **at),
                 "eps": torch.randn(*uses, self.cfg.token_dim, **at)}
@@ -246,13 +232,13 @@ class Generator(nn.Module):
         return torch.stack([loss, inverse])
 
     def reveal(self, c, pos, x_T):
-        """a = T^-1(x_hat(c)) (B, C): the condition that the patch drawn under c reveals (Alg. 1
-        lines 4-6). c (B, C), positions pos (B,), noise x_T (B, D)."""
+        """a = T^-1(x_hat(c)) (B, C): what the patch drawn under c reveals (Alg. 1 lines 4-6).
+        c (B, C), positions pos (B,), noise x_T (B, D)."""
         if not self.cfg.inverse:
             raise ValueError("lam > 0 needs T^-1, but this model was trained with inverse=0")
-        # CHOICE(x_hat): one evaluation, at t = 900 where alpha = .15: nearly E[x | c], but the
-        # head's error is magnified 6 times and not 20,000 times as at t = 999. Alternative: a
-        # whole trajectory, the paper's literal text; the row "literal Algorithm 1" of ablate.py.
+        # CHOICE(x_hat): one evaluation, at t = 900: nearly E[x | c], but the head's error is
+        # magnified 6 times and not 20,000 times as at t = 999. Alternative: a whole trajectory,
+        # the paper's literal text; the row "literal Algorithm 1" of ablate.py.
         t = torch.full(pos.shape, 900, device=c.device)
         return self.inverse(self.diffloss.x0_hat(x_T, t, c), pos)
 
@@ -283,9 +269,6 @@ class AR(Generator):
             if p.dim() > 1 and not name.startswith(("diffloss", "inverse")):
                 nn.init.normal_(p, std=0.02)
         nn.init.zeros_(self.x_proj.bias)
-
-    def draw(self, n, generator):
-        return super().draw(n, generator, self.cfg.n_tokens)
 
     def conditions(self, x, y):
         """c (B, N, C) of real tokens x (B, N, D) and labels y (B,), in one parallel pass."""
@@ -360,17 +343,16 @@ def pick_device(name):
             torch.cuda.set_device(device)
         torch.empty(0, device=device).cpu()              # "meta" holds no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {reason}") from None
+        why = str(error).splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used: {why}") from None
     return device
 
 
 def set_threads(model, device, threads=0):
-    """Threads on a CPU: `threads`, or 1 for small models if 0, as their matrices are too small; for
-    large ones its fastest exact products.
+    """On a CPU: `threads`, or if 0 one for small models; the fastest exact products for large ones.
 
-    Measured with gpt-tiny on 2 cores: a second thread gives 1.5x on an idle machine, and costs 30x
-    when another program uses the other core.
+    A second thread gives gpt-tiny 1.5x on an idle machine of 2 cores, and costs it 30x when another
+    program uses the other core.
     """
     if torch.device(device).type == "cpu":
         if threads or model.num_params < 5e6:
@@ -382,12 +364,9 @@ def set_threads(model, device, threads=0):
 
 # ---------------------------------------------------------------- checkpoints
 
-def load_model(path, device="cpu", ema=True):
-    """(model in eval mode, checkpoint dict). The architecture is the checkpoint's; strict names.
-
-    A field of Config that the file has not takes its default, one that Config has not is ignored
-    with its weights: what decides is whether the weights fit.
-    """
+def load_model(path, device="cpu"):
+    """(model in eval mode, checkpoint dict); ValueError if the weights do not fit. A field of
+    Config that the file lacks takes its default, one that Config lacks goes with its weights."""
     state = read_checkpoint(path)
     known = {f.name for f in fields(Config)}
     try:
@@ -395,8 +374,8 @@ def load_model(path, device="cpu", ema=True):
         check_fits(cfg, state["data"], len(state["ema"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} has a damaged config: {error}") from None
-    gone = tuple(f"{k}." for k in state["config"] if k not in known) or ("no field",)
-    weights = {k: v for k, v in state["ema" if ema else "model"].items() if not k.startswith(gone)}
+    gone = tuple(f"{k}." for k in state["config"] if k not in known)
+    weights = {k: v for k, v in state["ema"].items() if not k.startswith(gone)}
     try:
         with torch.device("meta"):              # no memory is taken before it is known to be needed
             build(cfg).load_state_dict(weights, assign=True)

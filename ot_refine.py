@@ -1,9 +1,8 @@
 """Condition refinement (Algorithm 1, lines 3-8): one class, one place of the chain, one function.
 
 At place i of the generation order the conditions c (n, C) of images of one class are particles of
-a distribution P_c. `target` (m, C), the conditions of real images of that class at the same place,
-are particles of the ideal P_c*. K steps of a Wasserstein gradient flow (JKO) move the first to the
-second:
+a distribution P_c; `target` (m, C), those of real images of that class there, are particles of the
+ideal P_c*. K steps of a Wasserstein gradient flow (JKO) move the first to the second:
 
     T = Gaussian.fit(c, target, reg)     the exact map between two Gaussians
     T = Sinkhorn.fit(c, target, reg)     the debiased map of entropic optimal transport
@@ -11,13 +10,12 @@ second:
     T.own(c)                             optional: moves the very cloud that T was fitted on
     c = jko_step(c, T(c), eta)
 
-A map is a dataclass of tensors, so that it can be saved. To add one, write such a class and put it
-into MAPS. This file needs torch only; `python ot_refine.py` is a lesson in two dimensions.
+A map is a dataclass of tensors, so that it can be saved; yours goes into MAPS. This file needs
+torch only; `python ot_refine.py` is a lesson in two dimensions.
 
-Zhou, Li, Shen: Condition Errors Refinement in Autoregressive Image Generation with Diffusion Loss,
-ICLR 2026. Cuturi 2013 (Sinkhorn); Schmitzer 2019 (stabilised kernel); Feydy et al. 2019 (debiased
-divergence, averaged update); Pooladian & Niles-Weed 2021 (entropic maps); Jordan, Kinderlehrer,
-Otto 1998 (JKO).
+Zhou, Li, Shen (ICLR 2026, arXiv 2602.07022); Cuturi 2013 (Sinkhorn); Schmitzer 2019 (stabilised
+kernel); Feydy et al. 2019 (debiased divergence, averaged update); Pooladian & Niles-Weed 2021
+(entropic maps); Jordan, Kinderlehrer, Otto 1998 (JKO).
 """
 import contextlib
 import math
@@ -49,8 +47,7 @@ def sinkhorn_log(cost, reg, g=None, n_iter=100):
     """Entropic OT: min over plans P with uniform marginals of <P, cost> + reg KL(P | uniform).
 
     cost (n, m), reg absolute, g (m,) a start. Potentials f (n,), g (m,) of the plan
-    P = exp((f + g - cost) / reg) / (n m). The algorithm (Cuturi 2013, in the log domain) and
-    nothing else: slow, and what `sinkhorn` is tested against.
+    P = exp((f + g - cost) / reg) / (n m). The plain algorithm, in the log domain: slow.
     """
     g = torch.zeros_like(cost[0]) if g is None else g
     for _ in range(n_iter):
@@ -60,12 +57,11 @@ def sinkhorn_log(cost, reg, g=None, n_iter=100):
 
 
 def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05, block=10):
-    """The same iterates, three to ten times faster; rows are exact (one half iteration more).
+    """The same iterates, three to ten times faster, and a last half iteration, for exact rows.
 
     Of `block` iterations the first is in the log domain; the others are products with a kernel that
     is exponentiated once (Schmitzer 2019). tol: mean relative error of the columns, looked at once
-    a block, since a look makes a GPU wait. The map moves by as much of its length; its own noise is
-    larger than the default.
+    a block, since a look makes a GPU wait. The map is off by about this share of its length.
     """
     (n, m), before = cost.shape, torch.zeros_like(cost[0]) if g is None else g
     for _ in range(0, n_iter, block):
@@ -79,7 +75,7 @@ def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05, block=10):
             v = 1 / (u @ kernel / n).clamp_min(1e-30)
         before = g + reg * v.log()
     else:
-        warn_once(f"Sinkhorn stopped after n_iter={n_iter} with marginal error {error:.1e} > "
+        warn_once("Sinkhorn", f"stopped after n_iter={n_iter} with marginal error {error:.1e} > "
                   f"{tol:.0e} ({n} x {m}, mean cost {cost.mean() / reg:.0f} reg): raise reg")
         g = before
     return softmin(cost, g, reg), g
@@ -117,17 +113,14 @@ def divergence(x, y, reg, n_iter=1000, tol=1e-6):
     x (n, C), y (m, C), reg absolute. Its gradient in x is -2 / n (T(x) - x), T the debiased map.
     Equals `ot.solve_sample(x, y, reg=reg, debias=True).value` of POT. Feydy et al. 2019.
     """
-    def dual(cost, f, g):                  # constant f, g: the gradient in cost is the plan's
+    def entropic(x, y):                    # f, g are constant: the gradient in cost is the plan's
+        cost = sq_cost(x, y)
+        f, g = (sinkhorn(cost.detach(), reg, None, n_iter, tol) if x is not y else
+                [sinkhorn_self(cost.detach(), reg, n_iter, tol)] * 2)
         return f.mean() + g.mean() - reg * (plan(cost, f, g, reg).sum() - 1)
 
-    def itself(z):
-        h = sinkhorn_self(sq_cost(z, z).detach(), reg, n_iter, tol)
-        return dual(sq_cost(z, z), h, h)
-
     with exact(x.device):
-        cost = sq_cost(x, y)
-        f, g = sinkhorn(cost.detach(), reg, None, n_iter, tol)
-        return dual(cost, f, g) - (itself(x) + itself(y)) / 2
+        return entropic(x, y) - (entropic(x, x) + entropic(y, y)) / 2
 
 
 # ---------------------------------------------------------------- the maps
@@ -196,9 +189,7 @@ class Gaussian:
         x, y = c.double() - c.double().mean(0), target.double() - target.double().mean(0)
         S, R, n, m = x.T @ x, y.T @ y, len(x), len(y)
         both = (S + R) / max(n + m - 2, 1)
-        ridge = (1e-3 * both.trace() + 1e-30) / len(both)          # invertible at any n and m
-        both = both + ridge * torch.eye(len(both), dtype=both.dtype, device=both.device)
-
+        both.diagonal().add_(both.diagonal().mean() * 1e-3 + 1e-30)        # invertible at any n, m
         root = sqrtm(shrunk(S, n, both))
         inverse = torch.linalg.inv(root)
         A = inverse @ sqrtm(root @ shrunk(R, m, both) @ root) @ inverse
@@ -208,18 +199,16 @@ class Gaussian:
         return self.to + (z - self.mean) @ self.A
 
 
-def shrunk(scatter, n, both, strength=0.5):
-    """The covariance of n points, moved towards the shape of `both` at its own scale (C, C).
-
-    By half of the least-squares optimum of a Gaussian sample (Ledoit & Wolf 2004): little where n
-    is large; wholly at n = 1, so that a map fitted on one condition is a shift of the mean.
-    """
+def shrunk(scatter, n, both):
+    """The covariance (C, C) of n points, moved towards the shape of `both` at its own scale: by
+    half of the optimum of a Gaussian sample (Ledoit & Wolf 2004), little where n is large, wholly
+    at n = 1, so that a map fitted on one condition is a shift of the mean."""
     prior = both * (scatter.trace() + both.trace()) / (n * both.trace())
     if n == 1:
         return prior
     cov = scatter / (n - 1)
     noise = (both.trace().square() + both.square().sum()) / (n - 1)
-    weight = strength * noise / (cov - prior).square().sum().clamp_min(1e-300)
+    weight = 0.5 * noise / (cov - prior).square().sum().clamp_min(1e-300)
     return torch.lerp(cov, prior, weight.clamp(1e-3, 1))
 
 
@@ -236,8 +225,8 @@ MAPS = {"gaussian": Gaussian, "sinkhorn": Sinkhorn, "biased": Biased}
 def jko_step(c, to, eta, lam=0.0, a=0.0):
     """argmin over c' of |c' - c|^2 / (2 eta) + |c' - to|^2 + lam |c' - a|^2  (Alg. 1 line 8).
 
-    (c + 2 eta (to + lam a)) / (1 + 2 eta (1 + lam)), all (n, C), written so that eta = inf is the
-    whole map. With lam = 0 and the exact map W2 shrinks by exactly 1 / (1 + 2 eta) per step.
+    (c + 2 eta (to + lam a)) / (1 + 2 eta (1 + lam)), all (n, C), for any eta > 0; inf is the whole
+    map. With lam = 0 and the exact map W2 shrinks by exactly 1 / (1 + 2 eta) per step.
     """
     if eta == 0:
         return c
@@ -245,22 +234,19 @@ def jko_step(c, to, eta, lam=0.0, a=0.0):
     return (keep * c + to + lam * a) / (keep + 1 + lam)
 
 
+METHODS = ("none", "default", *MAPS)
+
+
 def stages(method="default", K=2, eta=2.0):
     """((map, eta), ...) that a condition goes through. default: the whole Gaussian map, then K
     Sinkhorn steps; gaussian: its whole map; another: K steps of it; none, K = 0 or eta = 0: ()."""
-    if method not in ("none", "default", *MAPS):
-        raise ValueError(f"--refine {method!r}; choose one of none, default, {', '.join(MAPS)}")
+    if method not in METHODS:
+        raise ValueError(f"--refine {method!r}; choose one of {', '.join(METHODS)}")
     if method == "none" or K == 0 or eta == 0:
         return ()
-    whole = (("gaussian", float("inf")),)
-    if method == "gaussian":
-        return whole
-    if method == "default":
-        return whole + (("sinkhorn", eta),) * K
-    return ((method, eta),) * K
-
-
-METHODS = ("none", "default", *MAPS)
+    whole, steps = ("gaussian", math.inf), lambda name: ((name, eta),) * K
+    known = {"gaussian": (whole,), "default": (whole, *steps("sinkhorn"))}
+    return known.get(method) or steps(method)
 
 
 def principal_axes(targets, rank):
@@ -270,19 +256,17 @@ def principal_axes(targets, rank):
     all, cheaper, and a class does not depend on which others are drawn. Alternative: all of them,
     `rank=0` of sample.Refinement.
     """
-    def of_place(y):
-        x = y.double() - y.double().mean(0)
-        return torch.linalg.eigh(x.T @ x)[1][:, -rank:].to(y.dtype)
-
-    return torch.stack([of_place(y) for y in targets])
+    centred = (y.double() - y.double().mean(0) for y in targets)
+    axes = [torch.linalg.eigh(x.T @ x)[1][:, -rank:].to(targets.dtype) for x in centred]
+    return torch.stack(axes)
 
 
 class Refiner:
     """refine(i, c) -> c' (n, C): the conditions c of one class at place i, moved to its targets.
 
-    axes (N, C, r) and targets (N, m, r), which are given in these axes; the rest of a condition
-    stays as it is. reg: see Sinkhorn.fit. For lam > 0 inverse(i, c) -> a (n, C) is T^-1(x_hat(c)):
-    the paper's name for the condition that a patch reveals, not the inverse of the map T.
+    axes (N, C, r); targets (N, m, r), in these axes; the rest of a condition stays as it is. reg:
+    see Sinkhorn.fit. For lam > 0 inverse(i, c) -> a (n, C) is T^-1(x_hat(c)): the paper's name for
+    the condition that a patch reveals, not the inverse of the map T.
     CHOICE(coupling): frozen=False fits each map on the very conditions that it moves: the literal,
     coupled Algorithm 1. The maps are kept, and frozen=True applies them, so that every image is
     refined on its own. Flag: --coupled.
@@ -309,8 +293,10 @@ class Refiner:
             lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
             if not self.frozen:
                 T = self.maps[i] = []
-                check_finite(z, i)
-
+                if not z.isfinite().all():
+                    raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} values of the "
+                                     f"conditions at place {i} are not finite: is the checkpoint "
+                                     "damaged?")
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
                 if not self.frozen:
@@ -346,37 +332,30 @@ def exact(device):
     """fp32 products as fp32, no autocast and no TF32: costs are divided by a small reg, then
     exponentiated. Follows whichever of torch's two interfaces to TF32 is there."""
     matmul = torch.backends.cuda.matmul
-    new = hasattr(matmul, "fp32_precision")
-    parts = (matmul, torch.backends.mkldnn.matmul) if new else ()
+    parts = (matmul, torch.backends.mkldnn.matmul) if hasattr(matmul, "fp32_precision") else ()
     before = [part.fp32_precision for part in parts] or torch.get_float32_matmul_precision()
-    for part in parts:
-        part.fp32_precision = "ieee"
-    if not new:
-        torch.set_float32_matmul_precision("highest")
+
+    def use(values):
+        if not parts:
+            torch.set_float32_matmul_precision(values)
+        for part, value in zip(parts, values):
+            part.fp32_precision = value
+
+    use(["ieee"] * 2 if parts else "highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for part, value in zip(parts, before):
-            part.fp32_precision = value
-        if not new:
-            torch.set_float32_matmul_precision(before)
+        use(before)
 
 
-def check_finite(c, i):
-    if not c.isfinite().all():
-        raise ValueError(f"{int((~c.isfinite()).sum())} of {c.numel()} values of the conditions at "
-                         f"place {i} are not finite: is the checkpoint damaged?")
+_warned = set()                     # what was warned of: each once, with the numbers of that time
 
 
-_warned = set()
-
-
-def warn_once(message):
-    """One loud warning of a kind (its first word), with the numbers of its first time."""
-    if message.split()[0] not in _warned:
-        _warned.add(message.split()[0])
-        warnings.warn(f"{message}. Not repeated.", RuntimeWarning, stacklevel=3)
+def warn_once(what, message):
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(f"{what} {message}. Not repeated.", RuntimeWarning, stacklevel=3)
 
 
 # ---------------------------------------------------------------- a lesson
@@ -392,23 +371,16 @@ def lesson(K=8, eta=0.25, reg=0.2, path="out/lesson.png"):
     target = torch.cat([turn.cos(), turn.sin()], 1) * 1.2 + 0.08 * draw(300, 2) + 2.5
 
     flows = {"debiased": [c], "biased": [c]}
-    for name, T in (("debiased", Sinkhorn), ("biased", Biased)):
+    for flow, T in zip(flows.values(), (Sinkhorn, Biased)):
         for _ in range(K):
-            last = flows[name][-1]
-            flows[name].append(jko_step(last, T.fit(last, target, reg).own(last), eta))
+            flow.append(jko_step(flow[-1], T.fit(flow[-1], target, reg).own(flow[-1]), eta))
 
     far = lambda z: divergence(z, target, reg=0.05, tol=1e-3).item()
-    first, rate = far(c), 1 / (1 + 2 * eta)
     print(f"{len(c)} particles, K = {K} steps of eta = {eta}, reg = {reg} of the mean cost")
     print("step  divergence: debiased   biased   exact map, rate^2k")
-    for k in range(K + 1):
-        print(f"{k:4}  {far(flows['debiased'][k]):20.4f} {far(flows['biased'][k]):8.4f}"
-              f" {first * rate ** (2 * k):20.4f}")
-    draw_lesson(flows, target, path)
-    print(path)
+    for k, (a, b) in enumerate(zip(*flows.values())):
+        print(f"{k:4}  {far(a):20.4f} {far(b):8.4f} {far(c) / (1 + 2 * eta) ** (2 * k):20.4f}")
 
-
-def draw_lesson(flows, target, path):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -422,7 +394,7 @@ def draw_lesson(flows, target, path):
     axes[0].legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
-    plt.close(fig)
+    print(path)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@
     torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz    each GPU a share (mind the --)
 
 Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
-that its memory is that of one class, or of a few small ones, however many there are. Targets and
-maps are kept in the folder refine/ of the run.
+that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
 """
 import functools
 import os
@@ -29,8 +28,8 @@ import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
 from command import Parser, join, number, run
-from files import (check_fields, check_output, find_checkpoint, read_torch, save_checkpoint, sha256,
-                   tensors, write, write_png)
+from files import (check_output, find_checkpoint, read_torch, save_checkpoint, sha256, tensors,
+                   write, write_png)
 from model import GUIDANCE, load_model, pick_device, set_threads
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
@@ -43,18 +42,15 @@ HELD = 2 ** 28          # bytes of maps in memory beyond which classes no longer
 # ---------------------------------------------------------------- one batch, the ideal conditions
 
 def draw(model, y, index, seed, refine=None, on_condition=None, **options):
-    """Tokens (B, N, D) of the images `index` (B ints) of a seed, of classes y (B,).
-
-    refine, on_condition and options (guidance, solver, steps ...): see the model's `generate`.
-    """
+    """Tokens (B, N, D) of the images `index` (B ints) of a seed, of classes y (B,); refine,
+    on_condition and options (guidance, solver, steps ...) are those of the model's `generate`."""
     device = next(model.parameters()).device
     noise, quick = ImageNoise(seed, index, device), quickest(model)
     return quick.generate(y.to(device), noise, refine=refine, on_condition=on_condition, **options)
 
 
 def quickest(model):
-    """What is drawn from: on a GPU, or if it is large, the model in bf16 and CUDA graphs (fast.py),
-    kept from call to call; else itself."""
+    """What is drawn from: a large model, and any on a GPU, as fast.py makes it; else itself."""
     if next(model.parameters()).device.type == "cpu" and model.num_params < LARGE:
         return model
     import fast
@@ -71,7 +67,6 @@ def tokens_of(dataset, split="train"):
 def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
     """Targets (N, m, C), particles of P_c* at each place: teacher-forced conditions of real tokens
     x (m, N, D) of class k.
-
     CHOICE(target): the ideal condition is what the transformer computes from an error-free context,
     so that P_c differs from P_c* by exposure bias alone. Alternative: the paper's buffer of the
     conditions met in training, which was worse. For another P_c*, change x here.
@@ -87,9 +82,9 @@ def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
 def class_order(cfg, k, seed=0, device="cpu"):
     """The generation order (N,) of class k: None for ar, which has but one.
 
-    CHOICE(orders): a mar condition depends on which patches are known, so that refined images of a
-    class share an order, a random one for each class. Alternative: the raster scan for all, better
-    on the digits and much worse on Fashion-MNIST. Flag: --order.
+    CHOICE(orders): a mar condition depends on which patches are known, so that refined images share
+    an order, random by class. Alternative: the raster scan for all, better on the digits and much
+    worse on Fashion-MNIST. Flag: --order.
     """
     if cfg.kind != "mar":
         return None
@@ -141,8 +136,8 @@ class Refinement:
 
     def __post_init__(self):
         if self.model.cfg.kind == "cdm":
-            raise ValueError("--refine: a cdm model has no chain of conditions, so that there is "
-                             "nothing to refine; use an ar or mar model")
+            raise ValueError("--refine: a cdm model has no chain of conditions, nothing to refine; "
+                             "use an ar or mar model")
         self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
         self.device = next(self.model.parameters()).device
@@ -173,10 +168,10 @@ class Refinement:
         def make():
             n = self.model.cfg.num_classes
             some = range(0, n, -(-n // SPREAD))
-            found = [self.conditions(k, SPREAD // len(some)) for k in some]
+            found = (self.conditions(k, SPREAD // len(some)) for k in some)
             # mar: orders differ between classes; a position's directions do not
-            by_position = [c if order is None else c[order.argsort()] for c, order in found]
-            return principal_axes(torch.cat(by_position, 1), self.rank)
+            found = [c if order is None else c[order.argsort()] for c, order in found]
+            return principal_axes(torch.cat(found, 1), self.rank)
         return self.kept("axes", self.of_targets, make)
 
     def targets(self, k):
@@ -200,12 +195,11 @@ class Refinement:
         if self.coupled:
             return refiner
 
-        def calibrate():
+        def calibrate():                                       # the seed: of no image's noise
             n = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
             given = {} if order is None else {"order": order.expand(n, -1)}
-            draw(self.model, torch.full((n,), k), range(k * n, k * n + n),
-                 -1 - self.seed,                               # the noise of no image
-                 refine=lambda i, c, y: refiner(i, c), **self.sampling, **given)
+            draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
+                 lambda i, c, y: refiner(i, c), **self.sampling, **given)
             return refiner.state()
         return refiner.load(self.kept(f"maps-{k}", self.of_maps, calibrate))
 
@@ -215,12 +209,11 @@ class Refinement:
         if file and file.exists():
             try:
                 saved = read_torch(file, "part of a refinement", self.device)
-                check_fields(saved, {"made_for": dict, "value": type(saved["value"])})
                 differs = [w for w in depends if saved["made_for"].get(w) != depends[w]]
                 if not differs:
                     return saved["value"]
                 reason = f"were made for another {', '.join(differs)}"
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, AttributeError) as error:    # damaged
                 reason = f"cannot be read ({error})"
             self.say(f"the {kind} in {self.folder} {reason}: computing anew")
 
@@ -251,11 +244,9 @@ def weights_digest(model):
 # ---------------------------------------------------------------- many images
 
 def batches(labels, index, size, refinement=None):
-    """Parts of index, of at most `size` images, each with {class: Refiner} of its classes.
-
-    With refinement a class is whole or in equal parts, as coupled maps want it, and small classes
-    share a batch while their maps take little memory.
-    """
+    """Parts of index, of at most `size` images, each with {class: Refiner} of its classes: whole
+    ones or equal parts of one, as coupled maps want it; small ones share a batch while their maps
+    take little memory."""
     if refinement is None:
         yield from ((part, {}) for part in index.split(size) if len(part))
         return
@@ -273,8 +264,8 @@ def batches(labels, index, size, refinement=None):
 
 
 def by_class(refiners, y, device):
-    """refine(i, c, y) for a batch of classes y (B,): each by its own Refiner. Rows are found once,
-    here, since to look for them would make a GPU wait at every place."""
+    """refine(i, c, y) for a batch of classes y (B,): each by its own Refiner."""
+    # found once, here, as to look for them would make a GPU wait at every place
     rows = {k: (y == k).nonzero()[:, 0].to(device) for k in refiners}
 
     def refine(i, c, y):
@@ -309,8 +300,7 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
 
 
 def images_at_once(model, sampling, most=500):
-    """How many images are drawn at once by default: on a GPU as many as 70 % of the free memory
-    holds, by fast.py's rule. (The images do not depend on it, but for coupled ones.)"""
+    """How many images are drawn at once by default: on a GPU what 70 % of the free memory holds."""
     device = next(model.parameters()).device
     if device.type == "cpu":
         return most
@@ -336,23 +326,20 @@ def parse_args(argv=None):
     p = Parser(description="Draw images from a checkpoint.")
     add = p.add_argument
     add("--ckpt", default="out", help="a run folder or a checkpoint")
-    add("--vae", help="kl16.ckpt, for models of latents; without it a model of --dataset latents "
-                      "writes its latents, unscaled, to an .npz: latents, labels")
+    add("--vae", help="kl16.ckpt, for models of latents (without it --dataset latents gives .npz)")
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
-    add("--batch_size", type=number(int, 1),
-        help="images drawn at once (default: 500, on a GPU at most as many as fit)")
-    add("--out", help=".png or .npz (default: sample.png, of latents sample.npz, beside the "
-                      "checkpoint)")
+    add("--batch_size", type=number(int, 1), help="images at once (default: 500, or what fits)")
+    add("--out", help=".png or .npz (default: sample.png, or .npz of latents, beside --ckpt)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--device", default="auto", help="auto, cpu, cuda ...")
     add("--solver", help="ddpm (the default: random), ddim, dpm++ (for few steps)")
     add("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the head per patch")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
     add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
-    add("--order", choices=ORDERS, help="mar: one generation order a class (default: a fresh one "
-                                        "for each image; refined: random)")
+    add("--order", choices=ORDERS,
+        help="mar: one generation order a class (default: one an image; refined: random)")
     add("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE,
         help="classifier-free guidance: fidelity for variety; 1 = off")
     add("--cfg_schedule", choices=("constant", "linear"),
@@ -363,25 +350,21 @@ def parse_args(argv=None):
     add = p.add_argument_group("refinement (Algorithm 1)").add_argument
     add("--refine", choices=METHODS, default="none", help="what moves the conditions")
     add("--coupled", action="store_true",
-        help="with --refine: the literal algorithm, plans between the images of a batch; else maps "
-             "are calibrated once, each image is refined on its own")
+        help="with --refine: plans between the images of a batch, the literal algorithm; else maps "
+             "that are calibrated once")
     add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
     add("--eta", type=number(float, 0, 1e6), default=2.0,
         help="with --refine: step size; larger: more fidelity, less variety")
-    add("--m", type=number(int, 1), default=500,
-        help="with --refine: reference images of a class, at most")
-    add("--data_dir", help="with --refine: where the reference images (or their latent cache) are "
-                           "now (default: as in training)")
+    add("--m", type=number(int, 1), default=500, help="with --refine: reference images a class")
+    add("--data_dir", help="with --refine: where reference images are (default: as in training)")
     return p.parse_args(argv)
 
 
 def setup(args):
-    """A checkpoint and how to draw from it, as the flags say: for evaluate.py, too. ValueError
-    where they do not fit the checkpoint or each other.
-
-    It has path, model, state (the checkpoint's dict), decode (tokens -> images), refinement (or
-    None), dataset() -> data.Data and images(labels, index, seed, tick), draw_images of all this.
-    """
+    """A checkpoint and how to draw from it, as the flags say, for evaluate.py, too: path, model,
+    state (the checkpoint's dict), decode (tokens -> images), refinement (or None), dataset() ->
+    data.Data and images(labels, index, seed, tick=), draw_images of all this.
+    ValueError where the flags do not fit the checkpoint or each other."""
     device, path = pick_device(args.device), find_checkpoint(args.ckpt)
     model, state = load_model(path, device)
     set_threads(model, device)
@@ -394,8 +377,7 @@ def setup(args):
 
     # the small sets have no folder: their --data_dir is not looked at, and so refused
     which = datasets.known(facts["dataset"])
-    has_dir = which.needs_dir or which.photos
-    data_dir = lambda: args.data_dir if has_dir else None
+    data_dir = lambda: args.data_dir if which.needs_dir or which.photos else None
 
     @functools.cache
     def dataset():
@@ -409,24 +391,22 @@ def setup(args):
                              "the right --data_dir")
         return found
 
-    real = lambda k, m: tokens_of(dataset())(k, m)
     order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
-    order_of = ORDERS[order or "random"]
-    if args.refine != "none":
-        origin = {"weights": weights_digest(model),
-                  "references": datasets.digest(facts, data_dir())}
-        flow = {} if args.refine == "gaussian" else {"K": args.K, "eta": args.eta}
-        refinement = Refinement(model, real, sampling, args.refine, coupled=args.coupled, **flow,
-                                m=args.m, folder=path.parent / "refine", origin=origin,
-                                order_of=order_of)
-    elif order:                                          # conditions stay, orders are given
-        refinement = Refinement(model, real, sampling, "none", order_of=order_of)
+    if args.refine != "none" or order:                   # an order alone: conditions stay
+        given = {}
+        if args.refine != "none":
+            given = {"coupled": args.coupled, "m": args.m, "folder": path.parent / "refine",
+                     "origin": {"weights": weights_digest(model),
+                                "references": datasets.digest(facts, data_dir())}}
+        if args.refine not in ("none", "gaussian"):
+            given |= {"K": args.K, "eta": args.eta}
+        refinement = Refinement(model, lambda k, m: tokens_of(dataset())(k, m), sampling,
+                                args.refine, order_of=ORDERS[order or "random"], **given)
 
     coupled = refinement and refinement.coupled          # its images depend on the batch
     size = args.batch_size or (500 if coupled else images_at_once(model, sampling))
-    how = sampling, size, refinement
-    images = lambda labels, index, seed, tick: draw_images(model, decode, labels, index, seed,
-                                                           *how, tick)
+    images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
+                               refinement=refinement)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
                            refinement=refinement, images=images)
 
@@ -489,7 +469,7 @@ def main():
     shares = [index[owner[index] == r] for r in range(world)]
     mine, began = shares[rank], time.time()
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=rank > 0 or None) as bar:
-        images = job.images(labels, mine, seed, bar.update)
+        images = job.images(labels, mine, seed, tick=bar.update)
     if world > 1:
         gather(images, shares, rank)
     if rank > 0:

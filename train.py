@@ -6,12 +6,11 @@
     torchrun --nproc_per_node 8 -- train.py ...         the same on 8 GPUs; the batch is shared out
 
 To resume, run the same command again. Every random number of step s follows from (seed, s), so that
-a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any order), and 2
-processes x batch 8 equal 1 x batch 16 (but for dropout's masks, which follow from the process).
+a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any order), and two
+processes equal one (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 import copy
-import difflib
 import functools
 import math
 import os
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from command import Parser, join, number, on_signal, run
+from command import Parser, closest, join, number, on_signal, run
 from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
                    write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
@@ -58,24 +57,21 @@ FREE = {"steps", "accumulate", "device", "threads", "compile", "dry_run", "eval_
 
 
 def parse_args(argv=None):
-    p = Parser(description="Train a generator. Defaults are those of --dataset; to resume, run the "
-                           "same command again.")
+    p = Parser(description="Train a generator. To resume, run the same command again.")
     add = p.add_argument
     add("--dataset", choices=DATASETS, default="digits", help="what to train on")
-    add("--data_dir", help="where it is: folder of images ROOT/<class>/*.png, ImageNet, the folder "
-                           "of mnist's or cifar's files, the npz of arrays; latents: npz with "
-                           "latents (N, z, h, h), labels [, split, class_names], or folder with "
-                           "one .npy of each")
+    add("--data_dir", help="where it is: the folder of images ROOT/<class>/*.png, of ImageNet, of "
+                           "mnist's or cifar's files; the npz of arrays; latents: an npz with "
+                           "latents (N, z, h, h), labels [, split, class_names], or such .npy")
     add("--vae", help="kl16.ckpt: train on its latents (imagenet, or a folder); latents: show them")
     add("--cache_dir", help="with --vae: where latents are kept (default: cache/...)")
-    add("--size", type=number(int, 4, 2048), default=16,
-        help="pixels of a side (mnist, cifar, arrays: those of the files)")
+    add("--size", type=number(int, 4, 2048), default=16, help="pixels of a side, unless files say")
     add("--patch", type=number(int, 1, 64), default=4, help="pixels, or latents, of a token's side")
     add("--max_bad", type=number(float, 0, 1), default=0.01,
         help="folders of images: share of unreadable ones that is tolerated")
     add("--model", default="gpt-tiny", help=f"one of {', '.join(PRESETS)}")
-    add("--init", metavar="FILE", help="fine-tune: start from the weights of another run, an "
-                                       "export, MAR's .pth or .safetensors, whose model it is")
+    add("--init", metavar="FILE", help="fine-tune: start from model and weights of another run, of "
+                                       "an export, MAR's .pth or .safetensors")
     add("--out_dir", default="out", help="where the run lives")
     add("--steps", type=number(int, 0), default=2400, help="optimiser steps in all")
     add("--global_batch", type=number(int, 1), default=64, help="images per step, all processes")
@@ -85,11 +81,9 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of weights, data order, noise")
     add("--eval_every", type=number(int, 1), default=400, help="steps between checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--threads", type=number(int, 0, 1024), default=0,
-        help="CPU threads, 0 = 1 for small models, else all")
+    add("--threads", type=number(int, 0, 1024), default=0, help="of a CPU; 0: 1 for small models")
     add("--compile", action="store_true", help="torch.compile (CUDA)")
-    add("--checkpoint_blocks", action="store_true",
-        help="recompute blocks in the backward pass: less memory, exact, slower")
+    add("--checkpoint_blocks", action="store_true", help="less memory, exact, a third slower")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE",
         help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
     add("--dry-run", action="store_true", help="print what the run would take, and stop")
@@ -112,8 +106,7 @@ def parse_settings(pairs, values):
     for pair in pairs:
         name, _, value = pair.partition("=")
         if name not in kinds:
-            close = difflib.get_close_matches(name, kinds, 1) or kinds
-            raise ValueError(f"--set {pair}: no such setting; did you mean {', '.join(close)}?")
+            raise ValueError(f"--set {pair}: no such setting; {closest(name, kinds)}")
         kind, choices = kinds[name], CHOICES.get(name, (value,))
         try:
             values[name] = {"0": False, "1": True}[value] if kind is bool else kind(value)
@@ -122,24 +115,17 @@ def parse_settings(pairs, values):
             raise ValueError(f"--set {pair}: expected {name}={what}") from None
         if value not in choices:
             raise ValueError(f"--set {pair}: choose {' or '.join(choices)}")
-    settings = {k: values.pop(k) for k in SETTINGS}
-    return settings, values
+    return {k: values.pop(k) for k in SETTINGS}, values
 
 
 class World:
     """Rank and size under torchrun, or 0 of 1 alone; the device of this process."""
 
     def __init__(self, device):
-        self.size, self.rank = (int(os.environ.get(k, v)) for k, v in
-                                (("WORLD_SIZE", 1), ("RANK", 0)))
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = pick_device(device)
         if self.size > 1:
             join("nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=10))
-
-    def wrap(self, model):
-        """The model whose gradients are averaged over the ranks."""
-        own = [self.device.index] if self.device.type == "cuda" else None
-        return (DDP(model, own, gradient_as_bucket_view=True) if self.size > 1 else model)
 
     def mean(self, *values):
         """The mean of each value over the ranks, as floats."""
@@ -171,15 +157,16 @@ def make_optimizers(model, args):
     """[AdamW (.9, .95)], without decay on vectors and the head (as in MAR). Muon takes the matrices
     of all blocks from it, those of the head's residual blocks too, and decays them."""
     decay, muon = args.settings["weight_decay"], args.settings["optimizer"] == "muon"
-    ours = lambda name, p: muon and p.dim() == 2 and "blocks." in name
-    plain = ("diffloss.", "inverse.")
-    decayed = lambda n, p: p.dim() > 1 and not n.startswith(plain) and "embed_learned" not in n
-    named = list(model.named_parameters())
-    rest = [(n, p) for n, p in named if not ours(n, p)]
-    groups = [{"params": [p for n, p in rest if decayed(n, p)], "weight_decay": decay},
-              {"params": [p for n, p in rest if not decayed(n, p)], "weight_decay": 0.0}]
+    matrices, decayed, plain = [], [], []
+    for n, p in model.named_parameters():
+        if muon and p.dim() == 2 and "blocks." in n:
+            matrices.append(p)
+        elif p.dim() < 2 or n.startswith(("diffloss.", "inverse.")) or "embed_learned" in n:
+            plain.append(p)
+        else:
+            decayed.append(p)
+    groups = [{"params": decayed, "weight_decay": decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
-    matrices = [p for n, p in named if ours(n, p)]
     return [adamw, Muon(matrices, args.lr, decay)] if matrices else [adamw]
 
 
@@ -190,30 +177,28 @@ class Muon(torch.optim.Optimizer):
 
     K. Jordan et al. 2024. torch.optim.Muon (since 2.9) works on one matrix at a time; here those of
     one shape share their products: in bf16 on a GPU, which is enough, in fp32 on a CPU. scale: an
-    orthogonal update moves a weight by about 1 / sqrt(columns) of lr, AdamW's by lr; 10 makes up
-    for it.
+    orthogonal update moves a weight by about lr / sqrt(columns), AdamW's by lr; 10 makes up for it.
     """
 
-    def __init__(self, matrices, lr, weight_decay, momentum=0.95, scale=10.0):
-        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum,
-                                    "scale": scale})
+    def __init__(self, matrices, lr, weight_decay):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95,
+                                    "scale": 10.0})
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            lr, beta = group["lr"] * group["scale"], group["momentum"]
-            for shape in dict.fromkeys(p.shape for p in group["params"]):
-                same = [p for p in group["params"] if p.shape == shape]
-                for p in same:
-                    if "momentum" not in self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                grads, kept = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
-                torch._foreach_lerp_(kept, grads, 1 - beta)
-                mixed = torch.stack(grads).lerp_(torch.stack(kept), beta)    # (n, rows, columns)
-                update = orthogonal(mixed.bfloat16() if mixed.is_cuda else mixed).to(mixed.dtype)
-                update *= -lr * max(1, shape[0] / shape[1]) ** 0.5
-                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(same, list(update))
+        group, = self.param_groups
+        lr, beta = group["lr"], group["momentum"]
+        for shape in dict.fromkeys(p.shape for p in group["params"]):
+            same = [p for p in group["params"] if p.shape == shape]
+            for p in same:
+                self.state[p] = self.state[p] or {"momentum": torch.zeros_like(p)}
+            grads, kept = [p.grad for p in same], [self.state[p]["momentum"] for p in same]
+            torch._foreach_lerp_(kept, grads, 1 - beta)
+            mixed = torch.stack(grads).lerp_(torch.stack(kept), beta)        # (n, rows, columns)
+            update = orthogonal(mixed.bfloat16() if mixed.is_cuda else mixed).to(mixed.dtype)
+            update *= -group["scale"] * lr * max(1, shape[0] / shape[1]) ** 0.5
+            torch._foreach_mul_(same, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(same, list(update))
 
 
 def orthogonal(g, steps=5):
@@ -243,7 +228,9 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     for j, part in enumerate(index.chunk(args.accumulate)):
         first = step * args.global_batch + mine.start + j * len(part)
         x, y = dataset.train.batch(part, key=(args.seed, first))
-        x, y = (send(z, device) for z in (patchify(x, dataset.patch), y))
+        x = patchify(x, dataset.patch)
+        if device.type != "cpu":             # pinned: the host goes on while the GPU fetches it
+            x, y = (z.contiguous().pin_memory().to(device, non_blocking=True) for z in (x, y))
         last = j == args.accumulate - 1
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
             given = {name: z[j] for name, z in draws.items()}
@@ -266,16 +253,9 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
 
 def amp(device):
     """bf16 autocast on GPUs that have it; nothing elsewhere (and never fp16)."""
-    if device.type == "cuda":
-        # emulated bf16 (T4, V100, RTX 20) is slower than fp32
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.autocast("cuda", torch.bfloat16, enabled=bf16)
-    return torch.autocast("cpu", enabled=False)
-
-
-def send(z, device):
-    """z on the device; from pinned memory a GPU fetches it while the host goes on."""
-    return z if device.type == "cpu" else z.contiguous().pin_memory().to(device, non_blocking=True)
+    # emulated bf16 (T4, V100, RTX 20) is slower than fp32
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 @torch.no_grad()
@@ -300,24 +280,21 @@ def checkpoint_blocks(model):
 def compiled(ddp):
     """ddp by torch.compile, or itself, after one line, where that fails (no Triton, no compiler).
 
-    DDP is inside: compiled models are cut at its buckets, so that one's gradients are summed over
-    the processes while those of the next are computed; a compiled model inside DDP would sum all at
-    the end. No graph breaks; ar is compiled once, mar once each for none, one and any number of
-    known patches.
+    DDP is inside, so that the model is cut at its buckets and the gradients of one are summed while
+    those of the next are computed. ar is compiled once, mar for none, one and many known patches.
     """
-    fast = torch.compile(ddp)
+    ways = [torch.compile(ddp), ddp]
 
     def call(*args):
-        nonlocal fast
         try:
-            return fast(*args)
+            return ways[0](*args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
-            if fast is ddp:
+            if len(ways) == 1:
                 raise
             print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
-            fast = ddp
+            del ways[0]
             return ddp(*args)
     call.no_sync = getattr(ddp, "no_sync", nullcontext)
     return call
@@ -345,8 +322,8 @@ def resume(path, model, ema, optimizers, dataset, args):
                 "latents": [(data["vae"] or {}).get("fingerprint"),
                             f"scale {(data['vae'] or {}).get('scale') or 1:.5g}"]}
 
-    young = {f.name: f.default for f in fields(Config)}              # fields that it may not have
-    old = decisive(state["args"], young | state["config"], state["data"])
+    absent = {f.name: f.default for f in fields(Config)}             # in an older checkpoint
+    old = decisive(state["args"], absent | state["config"], state["data"])
     new = decisive(settings_of(args), asdict(model.cfg), dataset.facts)
     changed = [f"{k} {str(old.get(k))[:60]} -> {str(v)[:60]}" for k, v in new.items()
                if old.get(k) != v]
@@ -394,14 +371,10 @@ def sample_grid(path, ema, dataset, args, columns=10):
 
 def open_data(args, device, scale=None):
     """The data set of the flags; looks only at those that it needs, so that others are refused."""
-    which = DATASETS[args.dataset]
-    options = {"data_dir": args.data_dir} if which.needs_dir or which.photos else {}
-    if which.photos or which.load is None:
-        options |= {"vae": args.vae}
-    if which.photos:
-        options |= {"max_bad": args.max_bad}
-        if args.vae or which.load is None:
-            options |= {"cache_dir": args.cache_dir}
+    which, latents = DATASETS[args.dataset], DATASETS[args.dataset].load is None
+    reads = {"data_dir": which.needs_dir or which.photos, "vae": which.photos or latents,
+             "max_bad": which.photos, "cache_dir": which.photos and (latents or args.vae)}
+    options = {name: getattr(args, name) for name, read in reads.items() if read}
     return datasets.load(args.dataset, size=args.size, patch=args.patch, device=device,
                          plan=args.dry_run, scale=scale, **options)
 
@@ -417,7 +390,7 @@ def main():
     shape = {"token_dim": dataset.token_dim, "grid": dataset.grid,
              "num_classes": len(dataset.class_names)}
     cfg = (start.config(dataset, shape) if start else
-           preset(args.model, **{**args.architecture, **shape}))
+           preset(args.model, **args.architecture | shape))
     share, rest = divmod(args.global_batch, world.size * args.accumulate)
     if rest:
         raise ValueError(f"--global_batch {args.global_batch} must be a multiple of processes x "
@@ -446,8 +419,8 @@ def main():
 
 
 def begin(path, parts, dataset, args, world):
-    """(step, records) of the checkpoint at `path`; where there is none, a first one is saved, which
-    shows that saving works. parts: model, ema, optimizers."""
+    """(step, records) of the checkpoint at `path`; where there is none, a first one is saved, to
+    show that saving works. parts: model, ema, optimizers."""
     chief, found = world.rank == 0, path.exists()
     if chief:
         check_space(path, 16 * parts[0].num_params)
@@ -475,7 +448,8 @@ def train(model, dataset, args, world):
     out = Path(args.out_dir)
     path = next((out / name for name in NAMES if (out / name).exists()), out / "ckpt.pt")
     first, records = begin(path, parts, dataset, args, world)
-    ddp = world.wrap(model)
+    own = [world.device.index] if world.device.type == "cuda" else None
+    ddp = DDP(model, own, gradient_as_bucket_view=True) if world.size > 1 else model
     ddp = compiled(ddp) if args.compile else ddp
 
     losses, look, began, stopping = deque(maxlen=20), first, (first, time.perf_counter()), 0
