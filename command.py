@@ -1,6 +1,7 @@
 """The command line: flags, signals, errors. Nothing of the method.
 
-A flag that would change nothing is an error. `run` turns bad input, a full disk, a lack of memory
+A flag that a program has not looked at before its work begins would change nothing, and is an error
+(Flags.check_used): so each is read only where it has an effect. `run` turns bad input, a full disk, a lack of memory
 and signals into one line and an exit code.
 """
 import argparse

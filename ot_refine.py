@@ -157,6 +157,7 @@ class Sinkhorn:
         """
         n, e = len(self.cloud), ((self.h - sq_cost(z, self.cloud)) / self.reg).exp()
         total = e.sum(1, keepdim=True)
+        # the row of z sums to 1: u (sum e + u) = n + 1
         u = 2 * (n + 1) / (total + (total.square() + 4 * (n + 1)).sqrt())
         itself = (e @ self.cloud + u * z) / (total + u)
         return z + attend(z, self.target, self.g, self.reg) - itself
@@ -292,11 +293,9 @@ class Refiner:
             z = low = full @ axes                                              # (n, r)
             lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
             if not self.frozen:
-                T = self.maps[i] = []
-                if not z.isfinite().all():
-                    raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} values of the "
-                                     f"conditions at place {i} are not finite: is the checkpoint "
-                                     "damaged?")
+                T = self.maps[i] = []                              # a map for each stage, to come
+                check_finite(z, i)
+
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
                 if not self.frozen:
@@ -347,6 +346,12 @@ def exact(device):
             yield
     finally:
         use(before)
+
+
+def check_finite(z, i):
+    if not z.isfinite().all():
+        raise ValueError(f"{int((~z.isfinite()).sum())} of {z.numel()} values of the conditions at "
+                         f"place {i} are not finite: is the checkpoint damaged?")
 
 
 _warned = set()                     # what was warned of: each once, with the numbers of that time

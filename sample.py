@@ -195,7 +195,7 @@ class Refinement:
         if self.coupled:
             return refiner
 
-        def calibrate():                                       # the seed: of no image's noise
+        def calibrate():              # negative seeds: the noise of no image, whatever its --seed
             n = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
             given = {} if order is None else {"order": order.expand(n, -1)}
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,

@@ -460,7 +460,8 @@ def train(model, dataset, args, world):
             losses.append(train_step(step, model, ddp, ema, optimizers, dataset, args, world))
             done = step + 1
             due = done == args.steps or done % args.eval_every == 0
-            # the only points that wait, some once a second; alone, a signal is met at once
+            # to read the loss waits for a GPU: once a second, where many processes agree to stop,
+            # too; one alone meets a signal at once
             if not due and done < look and not (stop and world.size == 1):
                 continue
 
