@@ -1,8 +1,8 @@
 """The command line: flags, signals, errors. Nothing of the method.
 
 A flag that a program has not looked at before its work begins would change nothing, and is an error
-(Flags.check_used): so each is read only where it has an effect. `run` turns bad input, a full disk, a lack of memory
-and signals into one line and an exit code.
+(Flags.check_used): so each is looked at only where it has an effect. `run` turns bad input, a full
+disk, a lack of memory and signals into one line and an exit code.
 """
 import argparse
 import contextlib
