@@ -57,8 +57,9 @@ class Config:
         check_fields(asdict(self), {f.name: f.type for f in fields(self)})
         for name, value in asdict(self).items():
             least = name in ("n_head", "n_embd", "token_dim", "grid", "diffusion_batch_mul")
-            if not isinstance(value, str) and not least <= value <= 2 ** 20:
-                raise ValueError(f"{name}={value} is out of range: {int(least)} to {2 ** 20}")
+            most = 1 if name in ("dropout", "class_dropout", "mask_min") else 2 ** 20
+            if not isinstance(value, str) and not least <= value <= most:
+                raise ValueError(f"{name}={value} is out of range: {int(least)} to {most}")
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind!r}; choose one of {', '.join(KINDS)}")
         if self.n_embd % self.n_head:

@@ -413,6 +413,8 @@ def setup(args):
     order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
     order_of = ORDERS[order or "random"]
     if args.refine != "none":
+        if facts.get("cache_dir"):
+            dataset()                    # are the latents in the cache those of the images?
         origin = {"weights": weights_digest(model),
                   "references": datasets.digest(facts, data_dir())}
         flow = {} if args.refine == "gaussian" else {"K": args.K, "eta": args.eta}
