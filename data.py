@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -176,6 +177,9 @@ class Data:
     cache_dir: str | None = None    # where latents are kept
     latents: dict | None = None     # scale, std, the VAE's fingerprint ...
     vae: object = None              # vae.KL16, which made or decodes them
+
+    def __post_init__(self):
+        self.class_names = [normalize("NFC", str(name)) for name in self.class_names]
 
     @property
     def facts(self):

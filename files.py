@@ -313,7 +313,9 @@ def how_to_uint8(x, name):
         ways = {(0, 1): f"({name} * 255).round()", (-1, 1): f"(({name} + 1) * 127.5).round()",
                 (0, 255): f"{name}" if kind in "iu" else f"{name}.round()",
                 **({(0, 65535): f"({name} / 257).round()"} if kind in "iu" else {})}
-        fits = [way for (a, b), way in ways.items() if a <= low and high <= b]
+        slack = 0.05 if kind == "f" else 0                       # of resampling and rounding
+        fits = [way if a <= low and high <= b else f"{way}.clip(0, 255)"
+                for (a, b), way in ways.items() if a - slack <= low and high <= b + slack]
         todo += f"; {name} has values from {low:g} to {high:g}" + (
             f": {fits[0]}.astype('uint8')" if fits else ", which no rule turns into 0 to 255")
     if x.ndim == 3:
@@ -325,8 +327,10 @@ def how_to_uint8(x, name):
 
 def walk(folder, seen=None):
     """The files under a folder, and its hidden entries as they are, in order. Links are followed,
-    each folder once, so that a loop ends."""
-    seen = set() if seen is None else seen
+    each folder once, and none up to a folder that holds this one: loops end."""
+    if seen is None:
+        above = (*Path(folder).absolute().parents, *Path(folder).resolve().parents)
+        seen = set(map(os.path.realpath, above))
     if os.path.realpath(folder) not in seen:
         seen.add(os.path.realpath(folder))
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):

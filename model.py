@@ -55,13 +55,14 @@ class Config:
         check_fields(asdict(self), {f.name: f.type for f in fields(self)})
         least = dict.fromkeys(
             ("n_head", "n_embd", "token_dim", "grid", "diffusion_batch_mul", "num_classes"), 1)
+        most = dict.fromkeys(("dropout", "class_dropout", "mask_min"), 1)
         known = {"kind": KINDS, "objective": OBJECTIVES}
         for name, value in asdict(self).items():
             if name in known and value not in known[name]:
                 raise ValueError(f"{name}={value!r}; choose one of {', '.join(known[name])}")
-            if name not in known and not least.get(name, 0) <= value <= 2 ** 20:
-                raise ValueError(f"{name}={value} is out of range: at least {least.get(name, 0)}, "
-                                 f"at most {2 ** 20}")
+            low, high = least.get(name, 0), most.get(name, 2 ** 20)
+            if name not in known and not low <= value <= high:
+                raise ValueError(f"{name}={value} is out of range: at least {low}, at most {high}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if (self.kind == "ar" or self.rope) and self.n_embd // self.n_head % 4:

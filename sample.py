@@ -395,6 +395,8 @@ def setup(args):
     if args.refine != "none" or order:                   # an order alone: conditions stay
         given = {}
         if args.refine != "none":
+            if facts.get("cache_dir"):
+                dataset()                    # are the latents in the cache those of the images?
             given = {"coupled": args.coupled, "m": args.m, "folder": path.parent / "refine",
                      "origin": {"weights": weights_digest(model),
                                 "references": datasets.digest(facts, data_dir())}}

@@ -259,21 +259,27 @@ def open_image(path, paper=255, published=False):
                 return image.convert("RGB")
             if getattr(image, "is_animated", False):
                 say("note: of image files with several pictures the first is taken")
-            return in_rgb(ImageOps.exif_transpose(image), paper)
+            tags, image.filename = getattr(image, "tag_v2", {}), ""     # of TIFF; see below
+            bits, inverted = tags.get(258, (16,))[0], tags.get(262) == 0
+            # a file without a name is not mapped: Pillow 13 would map turned TIFFs as if upright
+            return in_rgb(ImageOps.exif_transpose(image), paper, bits, inverted)
     except Exception as error:                          # Pillow has no class for what it may meet
         why = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()
         raise ValueError(f"{path} cannot be read as an image: {why[0]}") from None
 
 
-def in_rgb(image, paper):
-    """An image of any mode as 8-bit RGB, see open_image."""
+def in_rgb(image, paper, bits=16, inverted=False):
+    """An image of any mode as 8-bit RGB, see open_image. Of more than 8 bits, which Pillow leaves
+    as they are: bits: of a value, up to 16; inverted: whether 0 is white."""
     if image.mode == "F" or image.mode.startswith("I"):
         # what 32-bit integers call white nobody knows
-        values, white = np.asarray(image).astype(float), {"F": 1, "I": -1}.get(image.mode, 65535)
+        values, white = np.asarray(image).astype(float), {"F": 1, "I": -1}.get(image.mode,
+                                                                             2 ** bits - 1)
         if not (0 <= values.min() and values.max() <= white):               # nor NaN
             raise ValueError(f"mode {image.mode}, values from {values.min():g} to "
                              f"{values.max():g}; expected 8 or 16 bits, or floats from 0 to 1")
-        grey = np.where(values == image.info.get("transparency"), paper, values / white * 255)
+        light = 1 - values / white if inverted else values / white
+        grey = np.where(values == image.info.get("transparency"), paper, light * 255)
         return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -325,7 +331,7 @@ def list_images(root, suffixes=SUFFIXES, heldout_share=0.1):
 
     train, val = ({name for _, name, h in files if h == held} for held in (0, 1))
     if val and train != val:
-        raise ValueError(f"{root}/train and {root}/val must hold the same class folders; "
+        raise ValueError(f"{parts[0]} and {parts[1]} must hold the same class folders; "
                          f"{min(train ^ val)} is in one of them only")
     called, number = dict(imagenet_classes()), {name: y for y, name in enumerate(sorted(train))}
     labels, held = [number[name] for _, name, _ in files], [h for _, _, h in files]
@@ -346,10 +352,10 @@ def visible(folder, left=None):
 def split_folders(root):
     """[root/train, root/val], as far as they are there, or [root] if it is no split: a class may
     be called "train", beside other classes."""
-    names = {p.name for p in visible(root) if p.is_dir()}
-    alone = names <= {"train", "val", "valid", "validation", "test"}
-    if "train" in names and (alone or any(p.is_dir() for p in visible(root / "train"))):
-        return [root / name for name in ("train", "val") if name in names]
+    named = {p.name.lower(): p for p in visible(root) if p.is_dir()}
+    alone = named.keys() <= {"train", "val", "valid", "validation", "test"}
+    if "train" in named and (alone or any(p.is_dir() for p in visible(named["train"]))):
+        return [named[name] for name in ("train", "val") if name in named]
     return [root]
 
 

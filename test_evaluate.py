@@ -359,6 +359,7 @@ BAD_SAMPLES = {
     "values from 0 to 255: arr_0.round().astype('uint8')": dict(arr_0=FLAT * 255),
     "values from 7 to 7: arr_0.astype('uint8')": dict(arr_0=IMAGES.astype(int)),
     "values from 0 to 65535: (arr_0 / 257).round()": dict(arr_0=(FLAT * 65535).astype(np.uint16)),
+    "0 to 1.01: (arr_0 * 255).round().clip(0, 255).astype('uint8')": dict(arr_0=FLAT * 1.01),
     "values from 0 to 900, which no rule": dict(arr_0=FLAT * 900),
     "arr_0 is not of finite numbers": dict(arr_0=FLAT * np.nan),
     "channels come last: arr_0.transpose(0, 2, 3, 1)": dict(arr_0=np.zeros((20, 3, 8, 8), "u1")),

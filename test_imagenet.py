@@ -553,6 +553,21 @@ def test_inpainting_and_refinement_work_on_latents(
     assert np.array_equal(shown["folder"], shown["cache"])
 
 
+@pytest.mark.parametrize("module", [sample, evaluate])
+def test_a_kept_refinement_of_latents_still_looks_at_the_images_of_the_references(
+        module, latent_run, vae_files, tmp_path, monkeypatch, capsys):
+    shutil.copytree(latent_run[0], tmp_path / "run")
+    flags = ["--ckpt", tmp_path / "run", "--vae", vae_files[0], "--n", 10, "--steps", 1,
+             "--refine", "gaussian", "--m", 30]
+    call(sample, flags, monkeypatch, capsys)
+    assert (tmp_path / "run/refine/maps-0.pt").exists()
+    other = make_folder(tmp_path / "other")
+    for folder, words in ((other, "made with another files"), ("nowhere", "is not a folder")):
+        argv = [*flags, "--data_dir", folder, *["--overwrite"] * (module is sample)]
+        code, _, err = call(module, argv, monkeypatch, capsys)
+        assert code == 2 and words in err and err.count("\n") == 1, err
+
+
 def test_a_model_of_latents_is_measured_on_decoded_images_like_the_file_of_sample(
         latent_run, vae_files, tmp_path, monkeypatch, capsys):
     run, folder, cache = latent_run

@@ -570,6 +570,8 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--data_dir .", "--data_dir would change nothing"),
     ("--cache_dir .", "--cache_dir would change nothing"),
     ("--set lerning=1", "no such setting"), ("--set ema_deca=1", "did you mean ema_decay"),
+    ("--set clip=-1", "clip=-1.0 is out of range: 0 to"), ("--set ema_decay=nan", "out of range"),
+    ("--set eval_images=0", "out of range: 1 to"), ("--set class_dropout=2", "at most 1"),
     ("--set dropout=much", "expected dropout=<float>"), ("--set inverse=2", "0 or 1"),
     ("--set optimizer=sgd", "choose muon or adamw"), ("--set objective=flow", "choose one of eps"),
     ("--set rope=1", "rope=True would change nothing: a model of kind ar"),

@@ -2,6 +2,7 @@
 import gzip
 import os
 import shutil
+import struct
 
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def test_a_folder_follows_links_ends_loops_leaves_hidden_files_and_says_what_it_
     root, other = make_folder(tmp_path / "f", 3), make_folder(tmp_path / "o", 4, ["emu", "more"])
     link(root / "emu", other / "emu"), link(root / "cat" / "more", other / "more")
     link(other / "more" / "back", root / "cat"), link(root / "dog" / "self", root / "dog")
+    link(root / "dog" / "up", root)                    # not all classes once more, as dogs
     make_folder(root / "dog", 2, [".ipynb_checkpoints", "deep"])
     for hidden in (root / "dog" / "._0.png", root / "dog" / "deep" / ".x.png", root / ".x.png"):
         hidden.write_text("no image")
@@ -103,6 +105,10 @@ def test_a_class_may_be_called_train_and_a_split_leaves_out_what_is_beside_it(tm
     assert names == ["cat", "dog"] and len(files) == 8 and "test" not in {f.parts[-3] for f, *_ in
                                                                        files}
     assert "left out: 1 beside train and val" in capsys.readouterr().err
+    for name in ("Train", "VAL"):
+        make_folder(tmp_path / "d" / name, 2)
+    files, names = sets.list_images(tmp_path / "d")
+    assert names == ["cat", "dog"] and [held for *_, held in files] == [0] * 4 + [1] * 4
     make_folder(tmp_path / "c", 2, ["train", "val"])            # no classes: not two, but an error
     with pytest.raises(ValueError, match="c/train is not a folder, or holds no images; expected"):
         sets.list_images(tmp_path / "c")
@@ -139,6 +145,8 @@ PALETTE.putpalette([10, 20, 30, 40, 50, 60])
     (".png", (RAMP * 257).astype(np.uint16), {}, RAMP[..., None]),
     (".tif", (RAMP * 257).astype(np.uint16), {}, RAMP[..., None]),
     (".tif", (RAMP / 255).astype(np.float32), {}, RAMP[..., None]),
+    (".tif", (RAMP * 257).astype(np.uint16), dict(tiffinfo={262: 0}), 255 - RAMP[..., None]),
+    (".tif", (RAMP / 255).astype(np.float32), dict(tiffinfo={262: 0}), 255 - RAMP[..., None]),
     (".png", (RAMP * 257).astype(np.uint16), dict(transparency=0), RAMP[..., None] + 255 * (
         RAMP[..., None] == 0)),
     (".png", np.stack([0 * RAMP, RAMP], -1).astype(np.uint8), {}, 255 - RAMP[..., None]),
@@ -162,6 +170,18 @@ def test_one_coloured_image_makes_a_folder_coloured_and_transparency_is_said_onc
     sets.say.cache_clear()
     assert one_class(tmp_path, ".png", clear[..., :3], clear, PIXELS[0]).shape == (6, 16, 16, 3)
     assert capsys.readouterr().err == "note: where images are transparent they become white\n"
+
+
+def test_a_tiff_of_12_bits_is_scaled_by_4095(tmp_path):
+    values = [0, 4095, 2048, 1024]                                  # two in three bytes
+    packed = bytes(b for p, q in zip(values[::2], values[1::2])
+                   for b in (p >> 4, (p & 15) << 4 | q >> 8, q & 255))
+    tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in tags.items())
+    file = tmp_path / "x.tif"
+    file.write_bytes(struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed
+                     + struct.pack("<H", len(tags)) + entries + bytes(4))
+    assert np.asarray(sets.open_image(file))[0, :, 0].tolist() == [0, 255, 128, 64]
 
 
 @every("suffix, image, words", [
@@ -195,13 +215,14 @@ TURNS = {1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud
          7: lambda x: np.rot90(x, 2).swapaxes(0, 1), 8: np.rot90}
 
 
-@every("suffix", [".png", ".tif"])
+@every("suffix, grey", [(".png", False), (".tif", False), (".tif", True)])
 @every("orientation", TURNS)
 def test_an_image_is_turned_by_its_exif_orientation_before_the_crop_but_not_imagenet_s(
-        orientation, suffix, tmp_path):
+        orientation, suffix, grey, tmp_path):
     exif, image = Image.Exif(), np.random.default_rng(0).integers(0, 255, (16, 28, 3), np.uint8)
+    image = image[..., :1].repeat(3, -1) if grey else image
     exif[274] = orientation
-    file = saved(tmp_path / f"x{suffix}", image, exif=exif)
+    file = saved(tmp_path / f"x{suffix}", image[..., 0] if grey else image, exif=exif)
     turned = TURNS[orientation](image)
     top, left = ((n - 16) // 2 for n in turned.shape[:2])
     assert (sets.read_image(file, 16) == turned[top:top + 16, left:left + 16]).all()
@@ -411,6 +432,13 @@ def test_a_bad_file_of_arrays_is_one_line_that_says_what_to_do(given, words, tmp
     with pytest.raises(ValueError, match=words) as error:
         data.load("arrays", tmp_path / "a.npz")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_class_names_have_one_unicode_form(tmp_path):
+    for name in ("caf\u00e9", "cafe\u0301"):
+        np.savez(tmp_path / "a.npz", images=np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8),
+                 labels=np.zeros(4, int), class_names=np.array([name]))
+        assert data.load("arrays", tmp_path / "a.npz").class_names == ["caf\u00e9"]
 
 
 def test_images_of_0_and_1_are_warned_of_and_a_size_that_is_not_the_file_s_is_refused(

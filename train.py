@@ -115,7 +115,12 @@ def parse_settings(pairs, values):
             raise ValueError(f"--set {pair}: expected {name}={what}") from None
         if value not in choices:
             raise ValueError(f"--set {pair}: choose {' or '.join(choices)}")
-    return {k: values.pop(k) for k in SETTINGS}, values
+    settings = {k: values.pop(k) for k in SETTINGS}
+    for name, value in settings.items():
+        low, high = {"ema_decay": (0, 1), "eval_images": (1, 2 ** 30)}.get(name, (0, 2 ** 30))
+        if name not in CHOICES and not low <= value <= high:                     # nor NaN
+            raise ValueError(f"--set {name}={value} is out of range: {low} to {high}")
+    return settings, values
 
 
 class World:
