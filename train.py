@@ -118,7 +118,7 @@ def parse_settings(pairs, values):
     settings = {k: values.pop(k) for k in SETTINGS}
     for name, value in settings.items():
         low, high = {"ema_decay": (0, 1), "eval_images": (1, 2 ** 30)}.get(name, (0, 2 ** 30))
-        if name not in CHOICES and not low <= value <= high:                     # nor NaN
+        if not isinstance(value, str) and not low <= value <= high:              # nor NaN
             raise ValueError(f"--set {name}={value} is out of range: {low} to {high}")
     return settings, values
 
