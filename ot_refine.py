@@ -403,4 +403,6 @@ def lesson(K=8, eta=0.25, reg=0.2, path="out/lesson.png"):
 
 
 if __name__ == "__main__":
+    import argparse
+    argparse.ArgumentParser(description="A lesson in two clouds; no options.").parse_args()
     lesson()

@@ -10,6 +10,7 @@
 Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
 that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
 """
+import copy
 import functools
 import os
 import time
@@ -172,7 +173,8 @@ class Refinement:
             # mar: orders differ between classes; a position's directions do not
             found = [c if order is None else c[order.argsort()] for c, order in found]
             return principal_axes(torch.cat(found, 1), self.rank)
-        return self.kept("axes", self.of_targets, make)
+        shape = self.model.cfg.n_tokens, self.model.cfg.n_embd, self.rank
+        return self.kept("axes", self.of_targets, make, lambda z: z.shape == shape)
 
     def targets(self, k):
         """(N, m, r): the ideal conditions of class k in the axes of its places."""
@@ -182,7 +184,8 @@ class Refinement:
                 self.say("warning: with less than 25 reference images of a class its refined "
                          "images may be worse than unrefined ones")
             return torch.bmm(c, self.axes if order is None else self.axes[order])
-        return self.kept(f"targets-{k}", self.of_targets, make)
+        fits = lambda z: (len(z), z.shape[2]) == (len(self.axes), self.rank) and z.shape[1] > 0
+        return self.kept(f"targets-{k}", self.of_targets, make, fits)
 
     def of(self, k):
         """The Refiner of class k; frozen: calibrated, or from the maps of an equal calibration."""
@@ -201,19 +204,26 @@ class Refinement:
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
                  lambda i, c, y: refiner(i, c), **self.sampling, **given)
             return refiner.state()
-        return refiner.load(self.kept(f"maps-{k}", self.of_maps, calibrate))
 
-    def kept(self, name, depends, make):
-        """make(), or what it gave before, from folder/name.pt if that was made for the same."""
+        def fits(state):
+            tried, c = copy.copy(refiner).load(state), axes.new_zeros(1, axes.shape[1])
+            tried.lam = 0.0
+            return state and all(tried(i, c).shape == c.shape for i in state)
+        return refiner.load(self.kept(f"maps-{k}", self.of_maps, calibrate, fits))
+
+    def kept(self, name, depends, make, fits):
+        """make(), or what it gave before, from folder/name.pt if that was made for the same and
+        fits(it): a foreign file may hold anything."""
         file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
         if file and file.exists():
             try:
                 saved = read_torch(file, "part of a refinement", self.device)
                 differs = [w for w in depends if saved["made_for"].get(w) != depends[w]]
-                if not differs:
+                if not differs and fits(saved["value"]):
                     return saved["value"]
-                reason = f"were made for another {', '.join(differs)}"
-            except (ValueError, TypeError, LookupError, AttributeError) as error:    # damaged
+                reason = (f"were made for another {', '.join(differs)}" if differs else
+                          "are not what this model needs")
+            except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
                 reason = f"cannot be read ({error})"
             self.say(f"the {kind} in {self.folder} {reason}: computing anew")
 

@@ -574,6 +574,7 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--set eval_images=0", "out of range: 1 to"), ("--set class_dropout=2", "at most 1"),
     ("--set dropout=much", "expected dropout=<float>"), ("--set inverse=2", "0 or 1"),
     ("--set optimizer=sgd", "choose muon or adamw"), ("--set objective=flow", "choose one of eps"),
+    ("--set grid=2", "grid=2 would change nothing: it follows from --dataset"),
     ("--set rope=1", "rope=True would change nothing: a model of kind ar"),
     ("--model cdm-tiny --set head_depth=3", "head_depth=3 would change nothing"),
     ("--set n_head=5", "divisible by n_head")])
@@ -628,6 +629,15 @@ def test_the_core_imports_no_outer_file_at_its_top_and_has_no_cycle():
     list(graphlib.TopologicalSorter(edges).static_order())     # raises CycleError
     assert edges["diffloss"] == edges["ot_refine"] == edges["files"] == edges["command"] == set()
     assert imports("ot_refine", top=False) <= {*sys.stdlib_module_names, "torch", "matplotlib"}
+
+
+@every("argv, words", [("theory.py --claims theorem1 --n 9", "--n would change nothing"),
+                       ("ot_refine.py --n 9", "unrecognized arguments: --n 9")])
+def test_a_program_that_would_not_look_at_an_argument_does_nothing(argv, words, tmp_path):
+    name, *rest = argv.split()
+    ended = subprocess.run([sys.executable, ROOT / name, *rest], cwd=tmp_path, text=True,
+                           capture_output=True, timeout=60)
+    assert ended.returncode == 2 and words in ended.stderr and not list(tmp_path.rglob("*.png"))
 
 
 def test_no_line_is_wider_than_100_columns_and_the_readme_has_at_most_200_of_120():

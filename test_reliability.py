@@ -641,6 +641,28 @@ def test_a_flipped_bit_in_a_kept_refinement_is_said_and_computed_anew(name, own_
     assert np.array_equal(a, b)
 
 
+@slack
+@every("name", ["axes", "targets-3", "maps-3"])
+@every("value", [None, "x", {}, torch.zeros(3), {0: [("no map", {})]}])
+def test_a_foreign_value_in_a_kept_refinement_is_said_and_computed_anew(name, value, refined):
+    file = refined / "refine" / f"{name}.pt"
+    whole = file.read_bytes()
+    save_state(file, torch.load(file, weights_only=True) | {"value": value})
+    text = done(sample, "--ckpt", refined, *REFINE, "default", "--out", refined / "b.npz")
+    assert f"the {name.split('-')[0]} in" in text and file.read_bytes() == whole
+    a, b = (files.read_npz(refined / f"{n}.npz")["arr_0"] for n in "ab")
+    assert np.array_equal(a, b)
+
+
+@pytest.fixture(scope="module")
+def refined(run, tmp_path_factory):
+    """A run whose refinement of one class is kept, and images of it in a.npz."""
+    out = shutil.copytree(run, tmp_path_factory.mktemp("refined") / "run",
+                          ignore=shutil.ignore_patterns("refine"))
+    done(sample, "--ckpt", out, *REFINE, "default", "--out", out / "a.npz")
+    return out
+
+
 REWRITE = {"checkpoint.pt": (lambda path: torch.load(path, weights_only=True), save_state),
            "vae.ckpt": (lambda path: torch.load(path, weights_only=True), save_state),
            "x.safetensors": (lambda path: [json.loads(path.read_bytes()[8:].split(b"}}")[0]

@@ -868,6 +868,7 @@ def main(argv=None):
     out = Path(args.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     subjects = {kind: observe(kind, args) for kind in KINDS if getattr(args, kind)}
+    args.check_used("claims")                            # without a model most flags do nothing
     for name in args.claims:
         since, e = time.time(), CLAIMS[name](subjects)
         if not e.panels:

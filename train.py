@@ -107,6 +107,9 @@ def parse_settings(pairs, values):
         name, _, value = pair.partition("=")
         if name not in kinds:
             raise ValueError(f"--set {pair}: no such setting; {closest(name, kinds)}")
+        if name in ("token_dim", "grid", "num_classes"):
+            raise ValueError(f"--set {pair} would change nothing: it follows from --dataset, "
+                             "--size and --patch")
         kind, choices = kinds[name], CHOICES.get(name, (value,))
         try:
             values[name] = {"0": False, "1": True}[value] if kind is bool else kind(value)
