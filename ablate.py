@@ -247,7 +247,8 @@ def select(question, rows, args):
     rows = [complete(r, args) for r in rows if getattr(args, r.model.split()[0])
             and any(w in f"{r.group}: {r.name}".lower() for w in words)]
     if not rows:
-        raise ValueError(f"{question}: no row of the models given matches --only")
+        which = f"has {' or '.join(words)} in its name" if args.only else "is of the models given"
+        raise ValueError(f"{question}: no row {which}; see --help for --ar, --mar, --cdm, --only")
     return rows
 
 
