@@ -10,6 +10,8 @@ option of `generate` (sampling) and of sample.Refinement (refine), and use what 
 (.csv, .md) and a figure. To go on after a stop, run the same command again: a result is known by
 all that it depends on.
 """
+from command import Parser, number, run        # first: it answers signals
+
 import csv
 import functools
 import inspect
@@ -32,7 +34,6 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std, warn
-from command import Parser, number, run
 from files import read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,

@@ -11,6 +11,8 @@ one CPU thread is timed by what it ran, so that a machine that others use slows 
 Shares are of the matrix-multiply rate of the same process, FLOPs those of plan.py. A row is written
 as soon as it is measured; one that does not fit in memory says so, and the rest goes on.
 """
+from command import Parser, number, run        # first: it answers signals
+
 import copy
 import functools
 import json
@@ -32,7 +34,6 @@ from torch.utils.flop_counter import flop_registry
 
 import fast
 import train as training
-from command import Parser, number, run
 from files import check_output, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import build, guidance_at, pick_device, preset

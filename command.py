@@ -2,7 +2,8 @@
 
 A flag that a program has not looked at before its work begins would change nothing, and is an error
 (Flags.check_used): so each is looked at only where it has an effect. `run` turns bad input, a full
-disk, a lack of memory and signals into one line and an exit code.
+disk, a lack of memory and signals into one line and an exit code. Programs import this file first:
+from then on a signal is answered, while torch takes its seconds.
 """
 import argparse
 import contextlib
@@ -15,8 +16,6 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
-
-import torch.distributed as dist
 
 
 # ---------------------------------------------------------------- flags
@@ -92,12 +91,14 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
 @contextlib.contextmanager
 def on_signal(act):
     """Signals that ask a program to end call act(name); those that it was told to ignore (nohup)
     stay ignored."""
-    asked = [s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-             if signal.getsignal(s) != signal.SIG_IGN]
+    asked = [s for s in ENDING if signal.getsignal(s) != signal.SIG_IGN]
     before = {s: signal.signal(s, lambda number, frame: act(signal.Signals(number).name))
               for s in asked}
     try:
@@ -111,9 +112,18 @@ def interrupt(name):
     raise KeyboardInterrupt(name)
 
 
+def leave(number, frame):
+    """End at once, with one line: nothing has begun that could be saved."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        name = signal.Signals(number).name
+        os.write(2, f"{Path(sys.argv[0]).name}: stopped by {name}\n".encode())
+    os._exit(128 + number)
+
+
 def join(backend, wait):
     """Meet the other processes that torchrun started: within two minutes, since who has not come by
     then is dead, or in another run. Later they wait for each other for the timedelta `wait`."""
+    import torch.distributed as dist
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=2)))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     store.set_timeout(wait)                  # NCCL meets there again at its first sum
@@ -179,3 +189,10 @@ def run(main):
         time.sleep(5 * (rank > 0) + 5 * (local > 0))
         print(f"{program}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+program = getattr(sys.modules["__main__"], "__file__", None)
+if program and Path(program).resolve().parent == Path(__file__).resolve().parent:
+    for ending in ENDING:                                # not those of a program that imports ours
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, leave)

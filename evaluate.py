@@ -15,6 +15,8 @@ the same reference (the floor), and beside KID, which is unbiased.
 References: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception
 score), Kynkaanniemi et al. 2019 (precision, recall), Dhariwal & Nichol 2021 (files, protocol).
 """
+from command import Parser, number, run        # first: it answers signals
+
 import json
 import os
 import sys
@@ -30,7 +32,6 @@ from tqdm import tqdm
 import data
 import sample
 from data import patchify, to_uint8
-from command import Parser, number, run
 from files import check_output, checked_images, read_npz, read_weights, sha256, write, write_json
 from model import pick_device
 from ot_refine import sqrtm

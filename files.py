@@ -465,24 +465,26 @@ def plot_loss(path, records):
 
 
 def check_space(path, need):
-    """ValueError where a checkpoint at `path` and its successor could not be saved, of `need` bytes
-    each. The caller holds the lock of the folder: what killed trainers left there goes."""
+    """ValueError where a checkpoint at `path` and its successor could not be saved, whose tensors
+    take `need` bytes. The caller holds the lock of the folder: what killed trainers left goes."""
     path = path.resolve()
     sweep(path, alone=True)
-    if not path.exists():                        # more than a resumed run will need
-        need = 2 * (1.05 * need + 2 ** 20)
+    need = (1.03 * need + 2 ** 17) * (1 if path.exists() else 2)             # names, pictures
     free = shutil.disk_usage(path.parent).free
-    if free < need or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out_dir {path.parent} has {free / 2**20:.0f} MiB free, but must be "
-                         f"writable and have {need / 2**20:.0f} MiB for a checkpoint and its "
-                         "successor")
+    if free < need:
+        raise ValueError(f"--out_dir {path.parent} has {free / 2**20:.1f} MiB free, but must have "
+                         f"{need / 2**20:.1f} MiB for a checkpoint and its successor")
 
 
 def lock(out):
     """An open file whose lock this process holds, so that no other trains in `out`; any death of
     the process releases it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / ".lock", "a+b", buffering=0)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a+b", buffering=0)
+    except OSError as error:
+        raise ValueError(f"--out_dir {out} cannot be written to ({error.strerror}); choose another "
+                         "folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

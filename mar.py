@@ -11,6 +11,8 @@ samplers (diffloss.py), refinement (ot_refine.py).
 References: MAR arXiv 2406.11838; DiT arXiv 2212.09748 (CDM's blocks). Parameter names are those of
 MAR's released checkpoints, which load as they are (from_mar).
 """
+from command import Parser, run        # first: it answers signals
+
 import argparse
 import math
 import random
@@ -25,7 +27,6 @@ import torch.nn.functional as F
 import sets
 from data import DATASETS, patchify
 from diffloss import TimeEmbedding
-from command import Parser, run
 from files import check_output, check_weights, read_checkpoint, save_checkpoint
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
 from vae import KL16_SCALE, state_problem

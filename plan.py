@@ -7,6 +7,8 @@ README_imagenet.md holds the first one's output. FLOPs are those of matrix produ
 multiply-add), by torch's own counter over the real loss and the real sampler on the meta device.
 Hours are FLOPs over the dense bf16 peak times UTILISATION, an assumption and no measurement.
 """
+from command import Parser, run        # first: it answers signals
+
 import math
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -14,7 +16,6 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from command import Parser, run
 from model import Config, build, preset
 
 HARDWARE = {"8 x H100": 8 * 989e12, "8 x A100": 8 * 312e12, "1 x RTX 4090": 165e12}    # FLOP/s

@@ -10,6 +10,8 @@
 Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
 that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
 """
+from command import Parser, join, number, run        # first: it answers signals
+
 import copy
 import functools
 import os
@@ -28,7 +30,6 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from command import Parser, join, number, run
 from files import (check_output, find_checkpoint, read_torch, save_checkpoint, sha256, tensors,
                    write, write_png)
 from model import GUIDANCE, load_model, pick_device, set_threads
@@ -362,8 +363,8 @@ def parse_args(argv=None):
     add("--coupled", action="store_true",
         help="with --refine: plans between the images of a batch, the literal algorithm; else maps "
              "that are calibrated once")
-    add("--K", type=number(int, 0), default=2, help="with --refine: JKO steps a place")
-    add("--eta", type=number(float, 0, 1e6), default=2.0,
+    add("--K", type=number(int, 1), default=2, help="with --refine: JKO steps a place")
+    add("--eta", type=number(float, 1e-6, 1e6), default=2.0,
         help="with --refine: step size; larger: more fidelity, less variety")
     add("--m", type=number(int, 1), default=500, help="with --refine: reference images a class")
     add("--data_dir", help="with --refine: where reference images are (default: as in training)")

@@ -501,8 +501,6 @@ def test_refinement_is_a_flag_of_sample(trained, capsys, tmp_path):
     refine = ["--refine", "sinkhorn", "--coupled", "--m", 30]
     _, refined = measure(capsys, *argv, *refine)
     assert refined["values"]["fid"] != plain["values"]["fid"]
-    _, nothing = measure(capsys, *argv, *refine, "--K", 0)
-    assert nothing["values"] == plain["values"]
 
 
 @pytest.mark.parametrize("argv, message", [

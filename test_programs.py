@@ -305,13 +305,14 @@ def test_every_solver_draws_balanced_classes_and_the_same_file_at_any_batch_size
 
 
 @slack
-@every("flags", ["--refine default", "--refine gaussian --coupled", "--refine default --K 0"])
-def test_refined_images_differ_from_plain_ones_and_k_0_gives_them_bitwise(flags, run, tmp_path):
-    for k, more in enumerate(([], [*flags.split(), "--m", 30])):
+@every("flags, moved", [("default", 255), ("gaussian --coupled", 255), ("sinkhorn --eta 1e-6", 1)])
+def test_refined_images_differ_from_plain_ones_but_for_the_smallest_step(
+        flags, moved, run, tmp_path):
+    for k, more in enumerate(([], ["--refine", *flags.split(), "--m", 30])):
         done(sample, "--ckpt", run, *DRAW, *more, "--n", 12, "--classes", 3, 5, "--out",
              tmp_path / f"{k}.npz")
-    same = np.array_equal(read(tmp_path / "0.npz")[0], read(tmp_path / "1.npz")[0])
-    assert same == (flags == "--refine default --K 0")
+    far = np.abs(read(tmp_path / "0.npz")[0] - read(tmp_path / "1.npz")[0]).max()
+    assert far <= moved and (far > 1) == (moved > 1)
 
 
 @slack
@@ -497,7 +498,7 @@ def test_a_full_disk_before_or_during_a_save_is_one_line_and_leaves_the_old_file
     refused("step 4 could not be saved", train, "--out_dir", own_run, *again)
     assert models.load_model(own_run)[1]["step"] == 2 and sorted(own_run.iterdir()) == files
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2 ** 20}))
-    refused("has 1 MiB free, but", train, "--out_dir", tmp_path / "o", *again)
+    refused("has 1.0 MiB free, but", train, "--out_dir", tmp_path / "o", *again)
 
 
 @every("what, step, good", [("weights or held-out loss are not finite", 4, 2),
@@ -564,7 +565,8 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--dataset folder", "needs --data_dir"), ("--dataset mnist", "needs --data_dir"),
     ("--size 20", "16 or 32"), ("--patch 3", "multiple of --patch"),
     ("--global_batch 10 --accumulate 4", "multiple of"), ("--device abacus", "cannot be used"),
-    ("--out_dir {tmp}/file", "File exists"), ("--out_dir {tmp}/file/x", "Not a directory"),
+    ("--out_dir {tmp}/file", "cannot be written to (File exists)"),
+    ("--out_dir {tmp}/file/x", "cannot be written to (Not a directory); choose another"),
     ("--compile", "--compile would change nothing"), ("--vae x", "--vae would change nothing"),
     ("--max_bad 0.5", "--max_bad would change nothing"),
     ("--data_dir .", "--data_dir would change nothing"),

@@ -299,6 +299,22 @@ def test_a_signal_with_nothing_to_save_ends_a_program_with_one_line(
     assert "Traceback" not in log.read_text() and not out.exists()
 
 
+@every("name", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_libraries_are_imported_is_one_line(name, tmp_path):
+    told = tmp_path / "told"
+    (tmp_path / "numpy.py").write_text(f"import time; open({str(told)!r}, 'w'); time.sleep(60)")
+    usual = lambda: [signal.signal(s, signal.SIG_DFL) for s in (signal.SIGTERM, signal.SIGHUP)] + [
+        signal.signal(signal.SIGINT, signal.default_int_handler)]
+    p = subprocess.Popen([sys.executable, train.__file__], cwd=tmp_path, preexec_fn=usual,
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE)
+    while not told.exists():
+        time.sleep(0.02)
+        assert p.poll() is None
+    p.send_signal(name)
+    said = p.communicate(timeout=20)[1].decode()
+    assert (p.returncode, said) == (128 + name, f"train.py: stopped by {name.name}\n")
+
+
 def slow_steps(file, seconds=0.2):
     real = train.train_step
 

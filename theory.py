@@ -13,6 +13,8 @@ given as eps = -sigma_t score, per dimension, so that noise levels compare.
 Zhou, Li, Shen: Condition Errors Refinement in Autoregressive Image Generation with Diffusion Loss,
 ICLR 2026.
 """
+from command import Parser, number, run        # first: it answers signals
+
 import io
 import json
 import time
@@ -31,7 +33,6 @@ import ot_refine
 import sample
 from ablate import open_job
 from data import unpatchify
-from command import Parser, number, run
 from files import write_png, write_text
 from diffloss import Schedule
 from evaluate import frechet_distance

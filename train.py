@@ -10,6 +10,8 @@ a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any o
 processes equal one (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
+from command import Parser, closest, join, number, on_signal, run        # first: it answers signals
+
 import copy
 import functools
 import math
@@ -32,7 +34,6 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from command import Parser, closest, join, number, on_signal, run
 from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
                    write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
@@ -431,7 +432,10 @@ def begin(path, parts, dataset, args, world):
     show that saving works. parts: model, ema, optimizers."""
     chief, found = world.rank == 0, path.exists()
     if chief:
-        check_space(path, 16 * parts[0].num_params)
+        # in fp32: weights, their average, and a moment or two of each gradient
+        moments = sum(p.numel() * (1 if isinstance(o, Muon) else 2) for o in parts[2]
+                      for group in o.param_groups for p in group["params"])
+        check_space(path, 4 * (2 * parts[0].num_params + moments))
         if not found:
             save(path, *parts, 0, [], dataset, args)
     world.mean(0)            # all read one file: a run that is just ending might still replace it
