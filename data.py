@@ -55,15 +55,12 @@ def to_uint8(images):
 def image_grid(images, columns):
     """uint8 (n, H, W, ch) -> one PIL picture with `columns` images a row, magnified to be seen."""
     n, H, W, ch = images.shape
-    rows = -(-n // columns)
-    tiles = np.full((rows * columns, H + 1, W + 1, ch), 128, np.uint8)      # a grey line between
-    tiles[:n, 1:, 1:] = images
-    sheet = tiles.reshape(rows, columns, H + 1, W + 1, ch).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * (H + 1), columns * (W + 1), ch)
-    sheet = np.pad(sheet, ((0, 1), (0, 1), (0, 0)), constant_values=128)
+    grey = partial(np.pad, constant_values=128)                   # lines between them
+    tiles = grey(images, ((0, -n % columns), (1, 0), (1, 0), (0, 0)))
+    sheet = tiles.reshape(-1, columns, H + 1, W + 1, ch).swapaxes(1, 2)
+    sheet = grey(sheet.reshape(-1, columns * (W + 1), ch), ((0, 1), (0, 1), (0, 0)))
     zoom = max(1, round(48 / H))
-    picture = Image.fromarray(sheet.squeeze())
-    return picture.resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
+    return Image.fromarray(sheet.repeat(zoom, 0).repeat(zoom, 1).squeeze())
 
 
 # ---------------------------------------------------------------- order
@@ -113,8 +110,7 @@ def load_digits(data_dir, size, tune=False):
         raise ValueError(f"--size {size}: the digits come in 16 or 32 pixels")
     z = read_npz(ASSETS / "digits.npz", "bitmaps", "labels", "split")
     bits, labels, split = np.unpackbits(z["bitmaps"], axis=-1), z["labels"], z["split"]
-    if size == 16:
-        bits = bits.reshape(-1, 16, 2, 16, 2).mean((2, 4))
+    bits = bits.reshape(-1, size, 32 // size, size, 32 // size).mean((2, 4))
     images = np.round(255 * bits).astype(np.uint8)[..., None]
     if tune:                             # the last third, as neighbours may be by one hand
         images, labels = images[split == 0], labels[split == 0]
@@ -127,18 +123,17 @@ def load_digits(data_dir, size, tune=False):
 class Set(NamedTuple):
     load: Callable | None       # (data_dir, size) -> train, heldout, class names; None: latents
     defaults: dict = {}         # of train.py's flags and settings, where they differ
-    needs_dir: bool = False
-    photos: bool = False        # files of images: a VAE may encode them, some may be unreadable
+    reads: tuple = ()           # which of the flags --data_dir, --max_bad, --vae, --cache_dir
 
 
-def outer(name, **options):
-    """The loader `name` of sets.py."""
-    def load(data_dir, size, **more):
-        import sets
-        return getattr(sets, name)(data_dir, size, **options, **more)
-    return load
+def outer(loader, *given, **options):
+    """What a loader of sets.py gives."""
+    import sets
+    return getattr(sets, loader)(*given, **options)
 
 
+MINE = ("data_dir",)
+PHOTOS = ("data_dir", "max_bad", "vae", "cache_dir")
 SHAPES = dict(diffusion_batch_mul=4)
 FILES = dict(size=None, steps=6000, eval_every=1000)           # None: the size that they have
 IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e-4,
@@ -146,43 +141,40 @@ IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e
                 optimizer="adamw")
 DATASETS = {
     "digits": Set(load_digits),
-    "shapes": Set(outer("load_shapes"), SHAPES),
-    "mnist": Set(outer("load_mnist"), FILES, True),
-    "cifar10": Set(outer("load_cifar"), FILES, True),
-    "cifar100": Set(outer("load_cifar", classes=100), FILES, True),
-    "arrays": Set(outer("load_arrays"), FILES, True),
+    "shapes": Set(partial(outer, "load_shapes"), SHAPES),
+    "mnist": Set(partial(outer, "load_mnist"), FILES, MINE),
+    "cifar10": Set(partial(outer, "load_cifar"), FILES, MINE),
+    "cifar100": Set(partial(outer, "load_cifar", classes=100), FILES, MINE),
+    "arrays": Set(partial(outer, "load_arrays"), FILES, MINE),
     # as digits and shapes, without their held-out images: where defaults are chosen
     "digits-tune": Set(partial(load_digits, tune=True)),
-    "shapes-tune": Set(outer("load_shapes", tune=True), SHAPES),
-    "folder": Set(outer("load_folder"), {}, True, photos=True),
-    "imagenet256": Set(None, dict(IMAGENET, size=256), photos=True),
-    "imagenet512": Set(None, dict(IMAGENET, size=512), photos=True),
-    "latents": Set(None, dict(size=None, patch=1, steps=6000, eval_every=1000), True),
+    "shapes-tune": Set(partial(outer, "load_shapes", tune=True), SHAPES),
+    "folder": Set(partial(outer, "load_folder"), {}, PHOTOS),
+    "imagenet256": Set(None, dict(IMAGENET, size=256), PHOTOS),
+    "imagenet512": Set(None, dict(IMAGENET, size=512), PHOTOS),
+    "latents": Set(None, FILES | dict(patch=1), ("data_dir", "vae")),
 }
 
 
 @dataclass
 class Data:
-    """A data set. `facts` is what a checkpoint carries of it."""
+    """A data set of pixels; latents.LatentData is one of latents."""
     name: str
     train: object
     heldout: object
     class_names: list
-    size: int                       # pixels of a side; --dataset latents: latents of a side
-    channels: int                   # of the images, or of these latents
-    patch: int                      # pixels (or latents) of a token's side
+    size: int                       # pixels of a side
+    channels: int
+    patch: int                      # pixels of a token's side
     grid: int                       # tokens of a side
-    x0_bound: float | None = 1.0    # tokens lie within +- this
     data_dir: str | None = None
-    cache_dir: str | None = None    # where latents are kept
-    latents: dict | None = None     # scale, std, the VAE's fingerprint ...
-    vae: object = None              # vae.KL16, which made or decodes them
 
-    def __post_init__(self):
-        self.class_names = [normalize("NFC", str(name)) for name in self.class_names]
+    x0_bound = 1.0                  # tokens lie within +- this
+    latents = vae = cache_dir = None
 
     @property
     def facts(self):
+        """What a checkpoint carries of its data set."""
         return {"dataset": self.name, "size": self.size, "channels": self.channels,
                 "patch": self.patch, "n_train": len(self.train), "n_heldout": len(self.heldout),
                 "data_dir": self.data_dir, "cache_dir": self.cache_dir, "vae": self.latents,
@@ -190,59 +182,44 @@ class Data:
 
     @property
     def token_dim(self):
-        return (self.vae.channels if self.vae else self.channels) * self.patch ** 2
+        return self.channels * self.patch ** 2
 
     def decode(self, x):
         """Tokens (B, N, D) -> images (B, ch, H, W), about [-1, 1]."""
-        images = unpatchify(x, self.patch)
-        if self.latents and not self.vae:
-            raise ValueError("these latents have no decoder here, so that there are no images to "
-                             "look at or to measure: give --vae if they are of kl16.ckpt")
-        return self.vae.decode(images) if self.vae else images
+        return unpatchify(x, self.patch)
 
 
-def known(name):
-    """The Set of a name."""
+def flags_of(name, args):
+    """{flag: value} of those flags that the set reads, a cache_dir only with --vae. Others are not
+    looked at here, so that command.Flags refuses them."""
     if name not in DATASETS:
         raise ValueError(f"no data set {name!r} is known; data.DATASETS has {', '.join(DATASETS)}")
-    return DATASETS[name]
+    return {flag: getattr(args, flag) for flag in DATASETS[name].reads
+            if flag in vars(args) and (flag != "cache_dir" or args.vae)}
 
 
-def load(name, data_dir=None, size=None, patch=None, max_bad=0.01, vae=None, cache_dir=None,
-         device="cpu", plan=False, scale=None):
+def load(name, data_dir=None, size=None, patch=4, max_bad=0.01, vae=None, **of_latents):
     """A Data by name. Raises ValueError for a bad size, path or file.
 
-    vae: path of kl16.ckpt; then the tokens are its latents, encoded on `device` into cache_dir
-    unless they are there. plan: describe only; nothing is encoded, ImageNet need not be there.
-    scale: of latents, instead of what this set measures (a checkpoint's model knows but its own).
+    vae: path of kl16.ckpt; then the tokens are its latents. of_latents: see latents.load.
     """
-    which = known(name)
+    which = DATASETS[name]
     if which.load is None or vae:
-        if which.load and not which.photos:
-            raise ValueError(f"--vae is for imagenet256, imagenet512, folder and latents; {name} "
-                             "is small enough for pixels")
         import latents
-        return latents.load(name, data_dir, size or which.defaults.get("size", 256), patch or 1,
-                            max_bad, vae, cache_dir, device, plan, scale)
-    size, patch = size or which.defaults.get("size", 16), patch or 4
-    check_patch(size or patch, patch)
-    if which.needs_dir and data_dir is None:
+        return latents.load(name, data_dir, size or which.defaults.get("size", 256), patch,
+                            max_bad, vae, **of_latents)
+    if "data_dir" in which.reads and data_dir is None:
         raise ValueError(f"--dataset {name} needs --data_dir, the folder or file that holds it")
-    options = {"max_bad": max_bad} if which.photos else {}
-    train, heldout, names = which.load(data_dir, size, **options)
-    names = [str(n) for n in names]
+    options = {"max_bad": max_bad} if "max_bad" in which.reads else {}
+    train, heldout, names = which.load(data_dir, size or which.defaults.get("size", 16), **options)
+    names = [normalize("NFC", str(n)) for n in names]
     check_classes(data_dir or name, train, heldout, names)
     channels, size = train.batch([0])[0].shape[1:3]
-    check_patch(size, patch)
-    return Data(name, train, heldout, names, size, channels, patch, size // patch,
-                data_dir=data_dir)
-
-
-def check_patch(size, patch):
     if size % patch:
         fit = ", ".join(str(p) for p in range(1, size) if size % p == 0)
         raise ValueError(f"a side of {size} pixels must be a multiple of --patch {patch}; those "
                          f"that fit: {fit}")
+    return Data(name, train, heldout, names, size, channels, patch, size // patch, data_dir)
 
 
 def check_classes(where, train, heldout, names):

@@ -33,7 +33,9 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -63,13 +65,35 @@ class Planned:
         return self.n
 
 
-def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan, scale=None):
-    """The data.Data of a set of latents, encoded on `device` into cache_dir unless they are there.
+@dataclass
+class LatentData(data.Data):
+    """A data set whose tokens are latents; size and channels are those of the images that they
+    decode to, but for --dataset latents: of the arrays."""
+    x0_bound: float | None = None
+    latents: dict | None = None     # scale, std, the VAE's fingerprint ...
+    vae: object = None              # the KL16 that made or decodes them
+    cache_dir: str | None = None    # where they are kept
+
+    @property
+    def token_dim(self):
+        return (self.vae or self).channels * self.patch ** 2
+
+    def decode(self, x):
+        """Tokens (B, N, D) -> images (B, 3, H, W), about [-1, 1]."""
+        if not self.vae:
+            raise ValueError("these latents have no decoder here, so that there are no images to "
+                             "look at or to measure: give --vae if they are of kl16.ckpt")
+        return self.vae.decode(super().decode(x))
+
+
+def load(name, data_dir, size, patch, max_bad, vae, cache_dir=None, device="cpu", plan=False,
+         scale=None):
+    """The LatentData of a name, encoded on `device` into cache_dir unless they are there.
 
     data_dir: images in class folders, MAR's npz files in class folders, or a finished cache; or
     arrays. vae: the path of kl16.ckpt. plan: describe the set only; nothing is encoded, and images,
-    cache and VAE need not be there. scale: of the latents, instead of their own. Raises ValueError
-    for a bad size, path or file.
+    cache and VAE need not be there. scale: of the latents, instead of their own (a checkpoint's
+    model knows but its own). Raises ValueError for a bad size, path or file.
     """
     if name == "latents":
         found, channels, side = load_arrays(data_dir, patch)
@@ -94,10 +118,9 @@ def load(name, data_dir, size, patch, max_bad, vae, cache_dir, device, plan, sca
 
     if net:
         net.scale = measured["scale"] or net.scale
-    return data.Data(name, train, heldout, names, size, channels, patch,
-                     side // patch, measured["x0_bound"], data_dir=data_dir and str(data_dir),
-                     cache_dir=root and str(root), vae=net,
-                     latents={**measured, "fingerprint": fingerprint})
+    return LatentData(name, train, heldout, names, size, channels, patch, side // patch,
+                      data_dir and str(data_dir), measured["x0_bound"],
+                      {**measured, "fingerprint": fingerprint}, net, root and str(root))
 
 
 def vae_of(name, vae, size, patch, device, plan):
@@ -559,6 +582,7 @@ def read_arrays(path):
     if labels.max() >= most:
         raise ValueError(f"{path} has labels up to {labels.max()}, but {most} "
                          + ("latents" if called is None else "class_names"))
-    called = [str(y) for y in (range(labels.max() + 1) if called is None else called)]
+    called = [normalize("NFC", str(y))
+              for y in (range(labels.max() + 1) if called is None else called)]
     held = sets.heldout_mask(labels, 0.1) if held is None else held
     return latents, labels.astype(np.int64), held.astype(int), called

@@ -386,9 +386,7 @@ def setup(args):
         import mar
         sampling.update(mar.read_inpaint(args, model, facts, device))
 
-    # the small sets have no folder: their --data_dir is not looked at, and so refused
-    which = datasets.known(facts["dataset"])
-    data_dir = lambda: args.data_dir if which.needs_dir or which.photos else None
+    data_dir = lambda: datasets.flags_of(facts["dataset"], args).get("data_dir")
 
     @functools.cache
     def dataset():

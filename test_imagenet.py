@@ -439,7 +439,6 @@ def test_mar_s_one_npz_per_image_is_read_as_it_is(tmp_path, vae_files):
 
 @pytest.mark.parametrize("given, words", [
     (dict(name="imagenet256"), ("needs --vae kl16.ckpt",)),
-    (dict(name="digits", vae=0), ("small enough for pixels",)),
     (dict(name="folder", vae=0, size=8, patch=3, data_dir="x"), ("stride 2 x --patch 3",)),
     (dict(name="folder", vae=0, size=9, data_dir="x"), ("multiple of the VAE's stride 2",)),
     (dict(name="imagenet256", vae=0, cache_dir="none"), ("no latent cache at none",)),
@@ -1074,7 +1073,7 @@ def test_mar_s_weights_are_refined_by_name_of_class_from_a_cache_as_the_readme_s
     torch.save({"model": {k: v * 0 for k, v in m.state_dict().items()}, "epoch": 799,
                 "model_ema": m.state_dict(), "args": argparse.Namespace(lr=8e-4), "rope": True,
                 "n_head": m.cfg.n_head}, tmp_path / "mar_base" / "checkpoint-last.pth")
-    monkeypatch.setitem(data.DATASETS, "imagenet32", data.Set(None, {"size": 32}, photos=True))
+    monkeypatch.setitem(data.DATASETS, "imagenet32", data.Set(None, {"size": 32}, data.PHOTOS))
     # fewer classes stand for the directions of all
     monkeypatch.setattr(sample, "SPREAD", 8)
     flags = ["--ckpt", tmp_path / "mar_base", "--vae", vae_file, "--num_iter", 2, "--n", 8,

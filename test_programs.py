@@ -685,7 +685,7 @@ def load_csv(data_dir, size):
     return *(ImageArray(images[p], z[p, 0]) for p in (~held, held)), range(10)
 
 
-DATASETS["csv"] = Set(load_csv, {"size": 28}, True)
+DATASETS["csv"] = Set(load_csv, {"size": 28}, ("data_dir",))
 
 
 '''

@@ -93,7 +93,7 @@ def parse_args(argv=None):
     early, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     which = DATASETS[early.dataset]
     defaults = {**SETTINGS, **PATIENT.get(early.model, {}), **which.defaults}
-    if which.load and which.photos and early.vae:
+    if which.load and "vae" in which.reads and early.vae:
         defaults.update(size=256, patch=1)
     p.set_defaults(**{k: defaults.pop(k) for k in [*defaults] if k in vars(early)})
     args = p.parse_args(argv)
@@ -378,23 +378,15 @@ def sample_grid(path, ema, dataset, args, columns=10):
     return path
 
 
-def open_data(args, device, scale=None):
-    """The data set of the flags; looks only at those that it needs, so that others are refused."""
-    which, latents = DATASETS[args.dataset], DATASETS[args.dataset].load is None
-    reads = {"data_dir": which.needs_dir or which.photos, "vae": which.photos or latents,
-             "max_bad": which.photos, "cache_dir": which.photos and (latents or args.vae)}
-    options = {name: getattr(args, name) for name, read in reads.items() if read}
-    return datasets.load(args.dataset, size=args.size, patch=args.patch, device=device,
-                         plan=args.dry_run, scale=scale, **options)
-
-
 def main():
     args, start = parse_args(), None
     world = World(args.device)
     if args.init:
         import finetune
         start = finetune.Start(args)
-    dataset = open_data(args, world.device, start and start.scale)
+    dataset = datasets.load(args.dataset, size=args.size, patch=args.patch, device=world.device,
+                            plan=args.dry_run, scale=start and start.scale,
+                            **datasets.flags_of(args.dataset, args))
     args.size = dataset.size
     shape = {"token_dim": dataset.token_dim, "grid": dataset.grid,
              "num_classes": len(dataset.class_names)}
