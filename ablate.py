@@ -33,7 +33,7 @@ import evaluate
 import rivals
 import sample
 from data import image_grid
-from evaluate import MIN_IMAGES, extract, mean_std, warn
+from evaluate import MIN_IMAGES, extract, mean_std
 from files import read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,
@@ -293,7 +293,8 @@ def check_alike(jobs):
     alike = [job for name, job in jobs.items() if name in KINDS]
     for what in ([j.model.num_params for j in alike], [j.state["step"] for j in alike]):
         if alike and max(what) > 1.05 * min(what):
-            warn("sizes or training differ by more than 5 %: no comparison at equal budget")
+            print("warning: sizes or training differ by more than 5 %: no comparison at equal "
+                  "budget", file=sys.stderr)
 
 
 def complete(row, args):
@@ -355,7 +356,7 @@ class Study:
                     with open(self.out / "rows.jsonl", "a") as f:
                         f.write(json.dumps(line) + "\n")
             except ValueError as error:                 # a model without T^-1: the others go on
-                warn(f"{row.group}: {row.name} is left out: {error}")
+                print(f"warning: {row.group}: {row.name} is left out: {error}", file=sys.stderr)
                 continue
             table.append((row, mean_std([self.done[k] for k in ks]), seeds))
             left = (time.time() - began) / max(new, 1) * (missing - new) / 60

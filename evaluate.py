@@ -17,9 +17,9 @@ score), Kynkaanniemi et al. 2019 (precision, recall), Dhariwal & Nichol 2021 (fi
 """
 from command import Parser, number, run        # first: it answers signals
 
+import inspect
 import json
 import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,10 +40,6 @@ MIN_IMAGES = 10             # the Inception score's splits; KID, precision and r
 MAX_REAL = 10_000           # reference images, as in the published protocol
 MAX_TRAIN = 20_000          # training images: the classifier learns them in a minute or two
 CHUNK = 2 ** 23             # distances held at once: 64 MiB
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr)
 
 
 # ---- the metrics ---------------------------------------------------------------------------------
@@ -92,40 +88,35 @@ def inception_score(probs, splits=10, seed=0):
     return scores.mean().item(), scores.std(correction=0).item()
 
 
-def distances(x, y):
-    """Euclidean distances of x (n, F) and y (m, F), some rows at a time: yields (rows, m)."""
-    y = y.double()
+def by_distance(x, y, reduce):
+    """reduce(distances (rows, m)) of the rows of x (n, F), some at a time, to those of y (m, F)."""
+    y, parts = y.double(), []
     for a in x.split(max(1, CHUNK // len(y))):
         a = a.double()
         size = a.square().sum(1, keepdim=True) + y.square().sum(1)
         d2 = size - 2 * a @ y.T
-        yield torch.where(d2 > 1e-13 * size, d2, 0.).sqrt()     # duplicates at 0, not at 1e-8
-
-
-def nearest(x, y):
-    """Distance and index (n,), (n,) of the nearest row of y (m, F) to each row of x (n, F)."""
-    best = [d.min(1) for d in distances(x, y)]
-    return torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+        d2 = torch.where(d2 > 1e-13 * size, d2, 0.)             # duplicates at 0, not at 1e-8
+        parts.append(reduce(d2.sqrt()))
+    return torch.cat(parts)
 
 
 def radii(x, k=3):
     """Distance (n,) of each row of x (n, F) to its k-th nearest other."""
     # k + 1: every point is its own nearest neighbour
-    return torch.cat([d.topk(k + 1, largest=False).values[:, -1] for d in distances(x, x)])
+    return by_distance(x, x, lambda d: d.topk(k + 1, largest=False).values[:, -1])
 
 
-def precision_recall(real, fake, k=3, radius=None):
+def precision_recall(real, fake, radius=None):
     """Precision: share of fake (m, F) inside the manifold of real (n, F); recall: the converse.
 
-    A manifold is the union of balls about its points, each to its point's k-th nearest neighbour.
-    radius (n,): radii(real, k), if they are known.
+    A manifold is the union of balls about its points, each to its point's third nearest neighbour.
+    radius (n,): radii(real), if they are known.
     """
     def inside(points, of, radius):
-        found = torch.cat([(d <= radius).any(1) for d in distances(points, of)])
-        return found.double().mean().item()
+        return by_distance(points, of, lambda d: (d <= radius).any(1)).double().mean().item()
 
-    radius = radii(real, k) if radius is None else radius
-    return inside(fake, real, radius), inside(real, fake, radii(fake, k))
+    radius = radii(real) if radius is None else radius
+    return inside(fake, real, radius), inside(real, fake, radii(fake))
 
 
 def sliced_w2(x, y, n_proj=256, seed=0):
@@ -145,7 +136,8 @@ def sliced_w2(x, y, n_proj=256, seed=0):
 def copy_ratio(samples, seen, unseen):
     """Mean distance to the nearest image that the sampler saw, over that to the nearest real one
     that it did not. All (n, F). A copier is far below what held-out images have."""
-    return (nearest(samples, seen)[0].mean() / nearest(samples, unseen)[0].mean()).item()
+    a, b = (by_distance(samples, x, lambda d: d.amin(1)).mean() for x in (seen, unseen))
+    return (a / b).item()
 
 
 def class_accuracy(logits, labels):
@@ -206,20 +198,17 @@ def jitter(x, generator):
 
 def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
     """The Classifier of images uint8 (n, H, W, C) and labels (n,) from 0 up: seeded, on the CPU,
-    kept in the folder `cache` under a hash of all that it depends on."""
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels).long()
-    digest = sha256([json.dumps(["version 2", seed, epochs, *images.shape]).encode(),
+    kept in the folder `cache` under a hash of all that it depends on, its code too."""
+    code = [inspect.getsource(part) for part in (Classifier, small, jitter, train_classifier)]
+    digest = sha256([json.dumps([code, seed, epochs, *images.shape]).encode(),
                      images.numpy().tobytes(), labels.numpy().tobytes()])
     path = Path(cache, f"classifier-{digest}.pt")
     with torch.random.fork_rng(devices=[]):             # the caller's random state stays
         torch.manual_seed(seed)
         net = Classifier(images.shape[3], int(labels.max()) + 1)
     if path.exists():
-        try:
-            net.load_state_dict(read_weights(path, "classifier"))
-            return net.eval().requires_grad_(False)
-        except (ValueError, RuntimeError) as e:         # damaged, foreign
-            warn(f"{path} is unreadable ({type(e).__name__}): training it again")
+        net.load_state_dict(read_weights(path, "classifier (delete it to train it again)"))
+        return net.eval().requires_grad_(False)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)            # layers so small: two threads on two busy cores took 10x
@@ -272,27 +261,26 @@ def extract(space, images, device="cpu", batch_size=64):
 # ---- real images, and the Judge ------------------------------------------------------------------
 
 class Real(NamedTuple):
-    """Real images uint8 (n, H, W, C) and labels (n,); images or gaussian must be there."""
-    images: torch.Tensor = None             # the reference: held-out images
-    labels: torch.Tensor = None
-    train_images: torch.Tensor = None       # for classifier, floor and copy ratio
-    train_labels: torch.Tensor = None
-    gaussian: tuple = None                  # published mu, sigma: they define the Frechet distance
+    """Real images uint8 (n, H, W, C) and labels (n,): of a data set; of --ref, what it holds."""
+    images: torch.Tensor | None             # the reference: held-out images
+    labels: torch.Tensor | None = None
+    train_images: torch.Tensor | None = None        # for classifier, floor and copy ratio
+    train_labels: torch.Tensor | None = None
+    statistics: tuple | None = None         # published mu, sigma: they define the Frechet distance
 
 
 @torch.no_grad()
 def real_images(dataset, device="cpu"):
     """The Real of a data set, equally many of each class. Of latents: what they decode to."""
     found, K = [], len(dataset.class_names)
-    for split, most in ((dataset.heldout, MAX_REAL), (dataset.train, MAX_TRAIN)):
+    for name, most in (("heldout", MAX_REAL), ("train", MAX_TRAIN)):
+        split = getattr(dataset, name)
         index = torch.cat([split.of_class(y, max(1, most // K)) for y in range(K)])
         if len(index) < len(split):
-            name = "held-out" if split is dataset.heldout else "training"
             print(f"note: {len(index)} of {len(split)} {name} images are used")
-        batches = map(split.batch, index.split(256))
-        tokens = ((patchify(x, dataset.patch).to(device), y) for x, y in batches)
-        parts = [(torch.from_numpy(to_uint8(dataset.decode(x))), y) for x, y in tokens]
-        found += map(torch.cat, zip(*parts))
+        tokens = (patchify(split.batch(part)[0], dataset.patch) for part in index.split(256))
+        images = [torch.from_numpy(to_uint8(dataset.decode(x.to(device)))) for x in tokens]
+        found += [torch.cat(images), split.labels[index]]
     if dataset.vae:
         print("note: the real images are decoded latents: what the VAE loses is not counted")
     return Real(*found)
@@ -307,18 +295,20 @@ class Judge:
     """Measures images against real ones, in one feature space.
 
     judge(images, labels) -> features (n, F), {metric: value}
-    judge.floor(n)        -> {metric: value} of n real images, and in words: of which
+    judge.floor(n)        -> {metric: value} of n training images
     """
 
     def __init__(self, space, real, device="cpu"):
         self.space, self.real, self.device = space, real, device
-        self.x = self.logits = self.seen = None
         if real.images is not None:
             self.x, self.logits = extract(space, real.images, device)
+            self.some = shuffled(self.x.to(device))[:MAX_REAL]
+            self.radius = radii(self.some)                  # most of the time
         if real.train_images is not None:
-            unseen, self.other = shuffled(real.images).chunk(2)
+            unseen, self.floor_images = shuffled(real.images).chunk(2)
             self.seen, self.unseen = thumbnails(real.train_images), thumbnails(unseen)
-        self.gaussian, self.radius = real.gaussian or gaussian(self.x), None
+        self.gaussian = real.statistics or gaussian(self.x)
+        self.classes = None if real.train_labels is None else real.train_labels.max() + 1
 
     def __call__(self, images, labels=None):
         x, logits = extract(self.space, images, self.device)
@@ -328,67 +318,30 @@ class Judge:
         return x, self.measure(x, logits, labels, images)
 
     def floor(self, n):
-        if self.seen is None:
-            return {}, "not computed: it needs training images (--dataset)"
+        # of classes as balanced as those of samples
         order = shuffled(torch.arange(len(self.seen)))
-        labels = self.real.train_labels[order]          # classes as balanced as those of samples
+        labels = self.real.train_labels[order]
         place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
         some = self.real.train_images[order[place.argsort(stable=True)][:n]]
         x = extract(self.space, some, self.device)[0]
-        return (self.measure(x, self.logits, self.real.labels, self.other),
-                f"{len(x)} training images against the same reference")
+        return self.measure(x, self.logits, self.real.labels, self.floor_images)
 
     def measure(self, x, logits, labels, images):
         """{metric: value}, as far as the reference and the feature space allow."""
-        known = self.real.train_labels
-        values = {"fid": frechet_distance(*gaussian(x), *self.gaussian)}
-        if self.x is not None:
+        real, values = self.real, {"fid": frechet_distance(*gaussian(x), *self.gaussian)}
+        if real.images is not None:
             x, y = x.to(self.device), self.x.to(self.device)
             values["kid"], values["kid_std"] = kid(x, y)
             values["sliced_w2"] = sliced_w2(x, y)
-            y = shuffled(y)[:MAX_REAL]
-            self.radius = radii(y) if self.radius is None else self.radius  # most of the time
-            values["precision"], values["recall"] = precision_recall(y, x, radius=self.radius)
+            values["precision"], values["recall"] = precision_recall(self.some, x, self.radius)
+        if real.train_images is not None:
+            values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
         if logits is not None:
             values["is"], values["is_std"] = inception_score(logits.double().softmax(1))
-            # Inception's 1008 classes are not those of the labels
-            if labels is not None and known is not None and logits.shape[1] == known.max() + 1:
+            # not of Inception's 1008 classes
+            if labels is not None and logits.shape[1] == self.classes:
                 values["accuracy"] = class_accuracy(logits, labels)
-        if self.seen is not None:
-            values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
         return values
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-def read_images(z, path):
-    """arr_0 and arr_1 as ADM writes them: images uint8 (n, H, W, C), labels (n,) or None."""
-    x, y = checked_images(z, path, "arr_0", "arr_1")
-    if y is not None and y.max() >= 2 ** 20:
-        raise ValueError(f"{path} has labels up to {y.max()}; expected class numbers from 0 up")
-    return torch.from_numpy(x), None if y is None else torch.from_numpy(y)
-
-
-def read_real(path):
-    """The Real of --ref: images, the mean and covariance mu and sigma, or both."""
-    z = read_npz(path)
-    stats = [z[k] for k in ("mu", "sigma") if k in z]
-    for a in stats:
-        if a.dtype.kind not in "fiu":
-            raise ValueError(f"{path} holds {a.dtype} {a.shape}, expected numbers")
-    if stats:
-        stats, shapes = [torch.from_numpy(a.astype(float)) for a in stats], [a.shape for a in stats]
-        if (shapes != [shapes[0][:1], shapes[0][:1] * 2]
-                or not all(a.numel() and a.abs().max() < 1e30 for a in stats)):
-            raise ValueError(f"{path}: mu and sigma have shapes {shapes}; expected (F,) and "
-                             "(F, F), finite")
-        sigma = stats[1]
-        size, least = sigma.abs().max(), torch.linalg.eigvalsh(sigma)[0]
-        if (sigma - sigma.T).abs().max() > 1e-4 * size or least < -1e-4 * size:
-            raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, and its least "
-                             f"eigenvalue, {least:.3g}, not negative")
-    images = read_images(z, path) if "arr_0" in z or not stats else (None, None)
-    return Real(*images, gaussian=tuple(stats) or None)
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
@@ -462,16 +415,16 @@ def from_file(args, device):
     """The same of --samples."""
     if bool(args.ref) == bool(args.dataset):
         raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
-    images, labels = read_images(read_npz(args.samples), args.samples)
+    given = data.flags_of(args.dataset, args) if args.dataset else {}
+    args.check_used()
+    arrays = checked_images(read_npz(args.samples), args.samples, "arr_0", "arr_1")
+    images, labels = (None if a is None else torch.from_numpy(a) for a in arrays)
     if args.ref:
-        real = read_real(args.ref)
-        args.check_used()
+        import inception
+        held, statistics = inception.read_reference(args.ref)
+        real = Real(held, statistics=statistics)
     else:
-        which = data.known(args.dataset)             # the small sets read no folder
-        data_dir = args.data_dir if which.needs_dir or which.photos else None
-        dataset = data.load(args.dataset, data_dir, size=images.shape[1], patch=1, vae=args.vae,
-                            device=device)
-        args.check_used()
+        dataset = data.load(args.dataset, size=images.shape[1], patch=1, device=device, **given)
         real = real_images(dataset, device)
         if labels is not None and labels.max() >= len(dataset.class_names):
             raise ValueError(f"the samples have class {labels.max()}, {args.dataset} has only 0 to "
@@ -500,10 +453,10 @@ def main(argv=None):
     judge = Judge(make_extractor(features, real, device, weights, cache), real, device)
     x, values = zip(*(judge(images, labels) for images, labels in sets))
     n, dim = x[0].shape
-    floor, which = judge.floor(n)
-    result = {**about, "features": features, "dim": dim, "n_samples": n,
-              "n_ref": None if judge.x is None else len(judge.x), "values": mean_std(values),
-              "floor": floor, "floor_is": which}
+    n_ref, n_train = (0 if z is None else len(z) for z in (real.images, real.train_images))
+    result = {**about, "features": features, "dim": dim, "n_samples": n, "n_ref": n_ref,
+              "values": mean_std(values), "floor": judge.floor(n) if n_train else {},
+              "n_floor": min(n, n_train)}
     print_table(result, len(values))
     if out:
         write_json(out, result)
@@ -519,22 +472,23 @@ def mean_std(rows):
 
 
 def print_table(result, n_seeds):
+    values, floor, n, dim = (result[k] for k in ("values", "floor", "n_samples", "dim"))
+    seeds = f"{n_seeds} x " * (n_seeds > 1)
+    against = f"{result['n_ref']} images" if result["n_ref"] else "statistics"
+    print(f"{seeds}{n} samples against {against}; features: {result['features']}, {dim}-d")
+
     def cell(row, key):
         scale = 1000 if key == "kid" else 1
         std = f" +- {row[key + '_std'] * scale:.3g}" if key + "_std" in row else ""
         return f"{row[key] * scale:.4g}{std}" if key in row else "-"
 
-    values, floor, n, dim = (result[k] for k in ("values", "floor", "n_samples", "dim"))
-    against = f"{result['n_ref']} images" if result["n_ref"] else "statistics"
-    print(f"{n_seeds} x " * (n_seeds > 1) + f"{n} samples against {against}; "
-          f"features: {result['features']}, {dim}-d")
     print(f"{'':22}{'samples':>18}{'real vs real':>18}   better")
     for key, (title, better) in ROWS.items():
         if key in values:
             print(f"{title:22}{cell(values, key):>18}{cell(floor, key):>18}   {better}")
-    print(f"real vs real: {result['floor_is']}"
-          + "; score and accuracy: the reference's own" * bool(floor)
-          + f"; +- of the samples: over {n_seeds} seeds" * (n_seeds > 1))
+    print(f"real vs real: {result['n_floor']} training images against the same reference; score "
+          "and accuracy: the reference's own" if floor else
+          "real vs real: not computed: it needs training images (--dataset)")
     if n < 10 * dim:
         print(f"note: {n} samples for {dim} dimensions: the Frechet distance is biased upward; "
               "compare at equal N, or by KID")

@@ -1,4 +1,4 @@
-"""Inception-v3 as published FID numbers use it (graph of 2015-12-05): network, resize, weights.
+"""FID as it is published: Inception-v3 (graph of 2015-12-05), its resize and weights, references.
 
 A feature space of evaluate.py: images uint8 (N, H, W, C) -> pool features (N, 2048), logits
 (N, 1008) without bias. Names and shapes are those of the PyTorch state dict that FID programs share
@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from files import read_weights
+from files import checked_images, read_npz, read_weights
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -168,3 +168,28 @@ def load_inception(path):
         why = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is not the state dict {INCEPTION_FILE}: {why}") from None
     return net
+
+
+def read_reference(path):
+    """What a reference file holds, as ADM's do: images uint8 (n, H, W, C) or None, and published
+    statistics, the mean mu (F,) and covariance sigma (F, F) of features, or None."""
+    z = read_npz(path)
+    found = [z[k] for k in ("mu", "sigma") if k in z]
+    for a in found:
+        if a.dtype.kind not in "fiu":
+            raise ValueError(f"{path} holds {a.dtype} {a.shape}, expected numbers")
+    if found:
+        found, shapes = [torch.from_numpy(a.astype(float)) for a in found], [a.shape for a in found]
+        if (shapes != [shapes[0][:1], shapes[0][:1] * 2]
+                or not all(a.numel() and a.abs().max() < 1e30 for a in found)):
+            raise ValueError(f"{path}: mu and sigma have shapes {shapes}; expected (F,) and "
+                             "(F, F), finite")
+        sigma = found[1]
+        size, least = sigma.abs().max(), torch.linalg.eigvalsh(sigma)[0]
+        if (sigma - sigma.T).abs().max() > 1e-4 * size or least < -1e-4 * size:
+            raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, and its least "
+                             f"eigenvalue, {least:.3g}, not negative")
+    images = None
+    if "arr_0" in z or not found:
+        images = torch.from_numpy(checked_images(z, path, "arr_0", "arr_1")[0])
+    return images, tuple(found) or None

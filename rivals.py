@@ -333,7 +333,7 @@ class Judges:
         place = torch.cat([torch.arange(int((labels == k).sum())) for k in range(K)])
         some = place.argsort(stable=True)[:n]                       # classes are in order
         # copying and accuracy are those of images that nobody was trained on
-        return self(self.real.train_images[some], labels[some]) | self.main.floor(n)[0]
+        return self(self.real.train_images[some], labels[some]) | self.main.floor(n)
 
 
 class Part:
