@@ -271,13 +271,11 @@ class Real(NamedTuple):
 
 @torch.no_grad()
 def real_images(dataset, device="cpu"):
-    """The Real of a data set, equally many of each class. Of latents: what they decode to."""
+    """The Real of a data set: of large ones MAX_REAL held-out and MAX_TRAIN training images,
+    equally many of each class; of latents what they decode to."""
     found, K = [], len(dataset.class_names)
-    for name, most in (("heldout", MAX_REAL), ("train", MAX_TRAIN)):
-        split = getattr(dataset, name)
+    for split, most in ((dataset.heldout, MAX_REAL), (dataset.train, MAX_TRAIN)):
         index = torch.cat([split.of_class(y, max(1, most // K)) for y in range(K)])
-        if len(index) < len(split):
-            print(f"note: {len(index)} of {len(split)} {name} images are used")
         tokens = (patchify(split.batch(part)[0], dataset.patch) for part in index.split(256))
         images = [torch.from_numpy(to_uint8(dataset.decode(x.to(device)))) for x in tokens]
         found += [torch.cat(images), split.labels[index]]
@@ -308,7 +306,6 @@ class Judge:
             unseen, self.floor_images = shuffled(real.images).chunk(2)
             self.seen, self.unseen = thumbnails(real.train_images), thumbnails(unseen)
         self.gaussian = real.statistics or gaussian(self.x)
-        self.classes = None if real.train_labels is None else real.train_labels.max() + 1
 
     def __call__(self, images, labels=None):
         x, logits = extract(self.space, images, self.device)
@@ -328,18 +325,19 @@ class Judge:
 
     def measure(self, x, logits, labels, images):
         """{metric: value}, as far as the reference and the feature space allow."""
-        real, values = self.real, {"fid": frechet_distance(*gaussian(x), *self.gaussian)}
+        real, K = self.real, 0 if logits is None else logits.shape[1]
+        values = {"fid": frechet_distance(*gaussian(x), *self.gaussian)}
         if real.images is not None:
             x, y = x.to(self.device), self.x.to(self.device)
             values["kid"], values["kid_std"] = kid(x, y)
             values["sliced_w2"] = sliced_w2(x, y)
             values["precision"], values["recall"] = precision_recall(self.some, x, self.radius)
-        if real.train_images is not None:
-            values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
         if logits is not None:
             values["is"], values["is_std"] = inception_score(logits.double().softmax(1))
-            # not of Inception's 1008 classes
-            if labels is not None and logits.shape[1] == self.classes:
+        if real.train_images is not None:
+            values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
+            # Inception's 1008 classes are not those of the labels
+            if labels is not None and K == real.train_labels.max() + 1:
                 values["accuracy"] = class_accuracy(logits, labels)
         return values
 
