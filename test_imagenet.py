@@ -352,7 +352,7 @@ def test_a_class_whose_only_training_image_cannot_be_read_is_an_error_as_with_pi
     root = make_folder(tmp_path / "f", 2)
     (root / "dog" / "0.png").write_bytes(b"\x89PNG not really")
     for vae, patch in ((vae_files[0], 1), (None, 4)):
-        refused(lambda: data.load("folder", root, 8, patch, 0.5, vae, tmp_path / "c"),
+        refused(lambda: data.load("folder", root, 8, patch, 0.5, vae, cache_dir=tmp_path / "c"),
                 "class 'dog'", "has no training image: at least 2 readable images")
 
 
