@@ -36,8 +36,8 @@ from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std
 from files import read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
-from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal, shared,
-                    shuffled, tuning, whole_trajectory)
+from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
+                    one_evaluation, shared, shuffled, tuning, whole_trajectory)
 from sample import Refinement, draw_images, raster_order, tokens_of
 
 
@@ -66,12 +66,14 @@ BOTH = {"none": None, "refined": {}}
 MAIN = {"none": None, "mean": dict(method="mean", **WHOLE), "gaussian": dict(method="gaussian"),
         "sinkhorn": dict(method="sinkhorn"), "gaussian, sinkhorn (default)": {},
         "default, coupled": dict(coupled=True)}
-LITERAL = dict(method="sinkhorn", K=2, eta=0.5, lam=0.1, coupled=True, inverse_of=whole_trajectory)
+LITERAL = dict(method="sinkhorn", K=2, eta=0.5, coupled=True, lam=0.1, inverse_of=whole_trajectory)
 MORE = {"sinkhorn, biased": dict(method="biased"),
         **{name: dict(method=name, **WHOLE) for name in ("meanvar", "ema", "nearest")},
         # lam so large and eta so small that the transport weighs 1 / 1000: half of the way to T^-1
-        "inverse term alone": dict(method="mean", K=1, eta=5e-4, lam=1000.0),
-        "default, lam = 0.1": dict(lam=0.1), "literal Algorithm 1": LITERAL}
+        "inverse term alone": dict(method="mean", K=1, eta=5e-4, lam=1000.0,
+                                   inverse_of=one_evaluation),
+        "default, lam = 0.1": dict(lam=0.1, inverse_of=one_evaluation),
+        "literal Algorithm 1": LITERAL}
 SWEEPS = {"K": (1, 2, 4), "eta": (0.5, 2.0, 8.0), "reg": (0.05, 0.2, 0.5, 1.0),
           "rank": (4, 8, 16, 64)}
 FIXES = {                               # family: {value: what differs}
@@ -355,7 +357,7 @@ class Study:
                             "values": values}
                     with open(self.out / "rows.jsonl", "a") as f:
                         f.write(json.dumps(line) + "\n")
-            except ValueError as error:                 # a model without T^-1: the others go on
+            except ValueError as error:                 # too few images for it: the others go on
                 print(f"warning: {row.group}: {row.name} is left out: {error}", file=sys.stderr)
                 continue
             table.append((row, mean_std([self.done[k] for k in ks]), seeds))
@@ -378,9 +380,9 @@ class Study:
         if how:
             model = self.jobs[row.model].model
             found = Refinement(model, tokens_of(self.data), row.sampling, **how)
-            found.of = functools.cache(found.of)                 # one calibration for all seeds
+            found.refiner = functools.cache(found.refiner)       # one calibration for all seeds
             for k in range(len(self.data.class_names)):
-                found.of(k)
+                found.refiner(k)
         self.last = made_for, found, self.clock() - began
         return self.last[1:]
 
@@ -407,6 +409,7 @@ class Study:
         size = row.at_once * K or self.args.batch_size
         blocks = whole.split(size) if row.at_once else [whole]
         wrap = row.control and functools.partial(row.control, refinement, seed)
+        refinement = None if row.control is shared else refinement    # all classes in one batch
         with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
             parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
                                  refinement, bar.update, wrap) for index in blocks]

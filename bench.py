@@ -11,7 +11,7 @@ one CPU thread is timed by what it ran, so that a machine that others use slows 
 Shares are of the matrix-multiply rate of the same process, FLOPs those of plan.py. A row is written
 as soon as it is measured; one that does not fit in memory says so, and the rest goes on.
 """
-from command import Parser, number, run        # first: it answers signals
+from command import Parser, number, pick_device, run        # first: it answers signals
 
 import copy
 import functools
@@ -36,7 +36,7 @@ import fast
 import train as training
 from files import check_output, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
-from model import build, guidance_at, pick_device, preset
+from model import build, guidance_at, preset
 from plan import sampling_flops, training_flops
 from sample import Refinement, draw
 
@@ -358,7 +358,7 @@ class Bench:
     def train(self, cases=(("gpt-tiny", 64, 4), ("mar-tiny", 64, 4), ("mar-b", 1, 16))):
         """A training step: loss, gradients, clipping, AdamW, moving average; without dropout."""
         for name, batch, grid in cases:
-            model = self.model(name, dropout=0.0, num_classes=10, inverse=False, grid=grid).train()
+            model = self.model(name, dropout=0.0, num_classes=10, grid=grid).train()
             ema, cfg = copy.deepcopy(model).requires_grad_(False), model.cfg
             args = training.parse_args(["--global_batch", str(batch), "--lr", "1e-6", "--set",
                                         "optimizer=adamw"])
@@ -391,7 +391,7 @@ class Bench:
             y = torch.zeros(n, dtype=torch.long, device=self.device)
             for solver, steps in solvers:
                 sampling = dict(cfg_scale=1.5, solver=solver, steps=steps)
-                refiners = {mode: Refinement(model, tokens_of, sampling, **options).of(0)
+                refiners = {mode: Refinement(model, tokens_of, sampling, **options).refiner(0)
                             for mode, options in modes.items()}
                 fns = {mode: lambda refiner=refiner: draw(
                            model, y, range(n), 0, lambda i, c, y: refiner(i, c), **sampling)

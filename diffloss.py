@@ -111,8 +111,9 @@ class DenoisingMLP(nn.Module):
         return self.denoise(x_t, self.modulations(self.embed_time(t) + self.cond_embed(c)))
 
     def along(self, ts, c, rows=1024):
-        """`forward` as a function (x_t, t: int) of one trajectory, whose steps `ts` (in order) and
-        condition c (..., C) are known. x_t may lack leading dimensions of c (guidance's branches).
+        """`forward` as a function (x_t, t: int) of one trajectory, whose steps `ts` (a list, in
+        order) and condition c (..., C) are known. x_t may lack leading dimensions of c: the
+        branches of guidance.
 
         The modulations do not depend on x_t: they are computed for as many steps ahead as make
         `rows` rows, so that with few rows their weights, 3/5 of all, are not read once a step.
@@ -277,7 +278,8 @@ def discretised_nll(x, mean, log_var):
 class DiffLoss(nn.Module):
     """A denoiser and its objective: the loss, the score, the estimate of x0, one guided draw.
 
-    net(x_t, t, c) -> (eps, v). Any module of that form will do: the MLP, or a transformer (CDM).
+    net(x_t, t, c) -> (eps, v), and net.along(ts, c), the same along a trajectory: any module of
+    that form will do, the MLP, or a transformer (CDM).
     CHOICE(x0_bound): |x0| is kept within x0_bound, the data's range, in every step, because at
     t = 999 the schedule divides the head's error by sqrt(abar) ~ 5e-5, and young checkpoints give
     black or NaN images. Alternative: `x0_bound = None` on the head, which is MAR exactly.
@@ -328,26 +330,15 @@ class DiffLoss(nn.Module):
     def bounded(self, x0):
         return x0 if self.x0_bound is None else x0.clamp(-self.x0_bound, self.x0_bound)
 
-    def denoiser(self, c, c_null=None, cfg_scale=1.0, ts=None):
-        """denoise(x_t, t: int) -> (x0, v) under c (M, C), for the samplers.
+    def denoiser(self, ts, c, c_null=None, cfg_scale=1.0):
+        """denoise(x_t, t: int) -> (x0, v) under c (..., C) at the steps `ts`, for the samplers.
 
-        With c_null (M, C) both branches run as one batch and eps = eps_null + cfg_scale (eps_c -
-        eps_null); v is the conditional branch's (as in MAR). ts: the steps at which it will be
-        called, in order, if they are known: the same function, faster.
+        With c_null (..., C) both branches run as one batch and eps = eps_null + cfg_scale (eps_c -
+        eps_null); v is the conditional branch's (as in MAR).
         """
         # a scale on the device, in a captured graph, is not asked for its value
         guided = c_null is not None and (torch.is_tensor(cfg_scale) or cfg_scale != 1.0)
-        s = self.schedule
-        if ts and hasattr(self.net, "along"):
-            net = self.net.along(ts, torch.stack([c, c_null]) if guided else c)
-        else:
-            both = torch.cat([c, c_null]) if guided else c
-
-            def net(x_t, t):
-                x_t = torch.cat([x_t, x_t]) if guided else x_t
-                t = torch.full(x_t.shape[:1] + (1,) * (x_t.dim() - 2), t, device=x_t.device)
-                out = self.net(x_t, t, both)
-                return [z.unflatten(0, (2, -1)) for z in out] if guided else out
+        net, s = self.net.along(ts, torch.stack([c, c_null]) if guided else c), self.schedule
 
         def denoise(x_t, t):
             eps, v = (out.float() for out in net(x_t, t))
@@ -377,8 +368,7 @@ class DiffLoss(nn.Module):
         """x (..., D) under c (..., C), guided if c_null is given: one trajectory of `steps`
         evaluations from noise (n_noise, ..., D). options: temperature, callback of the samplers."""
         run, timesteps, _ = self.solver(solver)
-        denoise = self.denoiser(c, c_null, cfg_scale, timesteps(steps))
-        return run(denoise, noise, steps, **options)
+        return run(self.denoiser(timesteps(steps), c, c_null, cfg_scale), noise, steps, **options)
 
 
 OBJECTIVES = {"eps": DiffLoss}                   # Config.objective picks one

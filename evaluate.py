@@ -15,7 +15,7 @@ the same reference (the floor), and beside KID, which is unbiased.
 References: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception
 score), Kynkaanniemi et al. 2019 (precision, recall), Dhariwal & Nichol 2021 (files, protocol).
 """
-from command import Parser, number, run        # first: it answers signals
+from command import Parser, number, pick_device, run        # first: it answers signals
 
 import inspect
 import json
@@ -33,7 +33,6 @@ import data
 import sample
 from data import patchify, to_uint8
 from files import check_output, checked_images, read_npz, read_weights, sha256, write, write_json
-from model import pick_device
 from ot_refine import sqrtm
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four

@@ -1,6 +1,9 @@
 """Drawing fast: the same model in bf16, its trajectories and AR steps as CUDA graphs.
 
-    ready(model)    what sample.py draws from on a GPU, or on a CPU with bf16 if the model is large
+    ready(model)             what sample.py draws from on a GPU, or on a CPU with bf16 if the model
+                             is large
+    images_at_once(model)    how many of them on a GPU
+    compiled(model)          what train.py --compile trains
 
 Nothing here belongs to the method. Weights are rounded to bf16 once, so that nothing is cast on the
 way; x_t, the schedule, refinement and the noise stay fp32. Some 80 kernels an evaluation of the
@@ -8,6 +11,7 @@ head take longer to launch than to run: a CUDA graph launches those of a whole t
 Each graph is checked against the eager path before it is used, and wherever one fails, or differs,
 drawing goes on without and says so in one line.
 """
+import contextlib
 import copy
 import functools
 import importlib.util
@@ -100,6 +104,12 @@ def image_bytes(model, cfg_scale=1.0, **sampling):
     return branches * (kept + mods) + 2 * 4 * noise * cfg.n_tokens * cfg.token_dim + pixels
 
 
+def images_at_once(model, sampling, most=500):
+    """How many images are drawn at once by default: what 70 % of the GPU's free memory holds."""
+    free = torch.cuda.mem_get_info(model.device)[0] - weight_bytes(model)
+    return min(most, max(1, int(0.7 * free / image_bytes(model, **sampling))))
+
+
 # ---------------------------------------------------------------- CUDA graphs
 
 def graphed(model):
@@ -107,7 +117,7 @@ def graphed(model):
     transformer is one, too. Weights may change in place, but not move."""
     head, graphs = model.diffloss, Graphs(next(model.parameters()).device)
     sample, fused = head.sample, fusion(head)
-    if hasattr(head.net, "along"):              # modulations of eight steps at batch 256
+    if model.cfg.kind != "cdm":                 # modulations of eight steps at batch 256
         head.net.along = functools.partial(head.net.along, rows=4096)
 
     def draw(c, c_null, cfg_scale, noise, callback=None, **options):
@@ -156,6 +166,29 @@ def fusion(head, least=1024):
                 net.denoise = plain
         return run
     return fused
+
+
+def compiled(ddp):
+    """ddp by torch.compile, or itself, after one line, where that fails (no Triton, no compiler).
+
+    DDP is inside, so that the model is cut at its buckets and the gradients of one are summed while
+    those of the next are computed. ar is compiled once, mar for none, one and many known patches.
+    """
+    ways = [torch.compile(ddp), ddp]
+
+    def call(*args):
+        try:
+            return ways[0](*args)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
+            if len(ways) == 1:
+                raise
+            print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            del ways[0]
+            return ddp(*args)
+    call.no_sync = getattr(ddp, "no_sync", contextlib.nullcontext)
+    return call
 
 
 class Graphs:

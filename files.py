@@ -361,6 +361,32 @@ def digest_of(root, what):
     return sha256(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode() for f in files)
 
 
+# ---------------------------------------------------------------- results that are kept
+
+def save_kept(path, made_for, value):
+    """Tensors in dicts and lists, beside all that they were made for, plain values by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, {"made_for": {**made_for, "shapes": shapes(value)}, "value": value})
+
+
+def read_kept(path, made_for, device):
+    """What `save_kept` wrote; ValueError if that was made for anything else."""
+    try:
+        saved = read_torch(path, "kept result", device)
+        made_for = {**made_for, "shapes": shapes(saved["value"])}
+        differs = [name for name in made_for if saved["made_for"].get(name) != made_for[name]]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    if differs:
+        raise ValueError(f"were made for another {', '.join(differs)}")
+    return saved["value"]
+
+
+def shapes(value):
+    """[(name, shape)] of its tensors: a foreign value has others."""
+    return [(name, tuple(z.shape)) for name, z in named_tensors(value)]
+
+
 # ---------------------------------------------------------------- checkpoints, the folder of a run
 
 NAMES = ("ckpt.pt", "checkpoint-last.pth")          # of a run, of MAR's runs

@@ -122,10 +122,10 @@ class MAR(Generator):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Xavier for matrices, 0.02 for embeddings; norms, the head and T^-1 keep their own."""
+        """Xavier for matrices, 0.02 for embeddings; norms and the head keep their own."""
         for name, p in self.named_parameters():
             module = self.get_submodule(name.rpartition(".")[0])
-            if name.startswith(("diffloss", "inverse")) or isinstance(module, nn.LayerNorm):
+            if name.startswith("diffloss") or isinstance(module, nn.LayerNorm):
                 continue
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(p) if p.dim() > 1 else nn.init.zeros_(p)
@@ -181,7 +181,7 @@ class MAR(Generator):
         known, masked = order[:, :-n], order[:, -n:]
         y = self.with_null(y, draws["drop"])
         c = self.step_conditions(gather(x, known), known, y)
-        return self.head_loss(gather(x, masked), gather(c, masked), masked, draws)
+        return self.head_loss(gather(x, masked), gather(c, masked), draws)
 
     forward = loss                                                          # what DDP calls
 
@@ -360,13 +360,20 @@ class DenoisingTransformer(nn.Module):
         shift, scale = self.modulation(y).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(h), shift, scale)).chunk(2, dim=-1)
 
+    def along(self, ts, c):
+        """`forward` as a function (x_t (B, N, D), t: int) under c (B, 1, C), or (2, B, 1, C): the
+        branches of guidance."""
+        def denoise(x_t, t):
+            x_t = x_t.expand(*c.shape[:-2], *x_t.shape[-2:])
+            t = torch.full((1, 1), t, device=c.device)
+            return [z.view(x_t.shape) for z in self(x_t.flatten(0, -3), t, c.flatten(0, -3))]
+        return denoise
+
 
 class CDM(Generator):
     """The baseline: the whole image is one 'patch' under one fixed condition, its class."""
 
     def __init__(self, cfg):
-        if cfg.inverse:
-            raise ValueError("inverse=1: a cdm model has no chain of conditions for T^-1 to invert")
         super().__init__(cfg, DenoisingTransformer(cfg))
         self.class_emb = nn.Embedding(cfg.num_classes + 1, cfg.n_embd)      # the last: no class
         nn.init.normal_(self.class_emb.weight, std=0.02)
@@ -376,14 +383,13 @@ class CDM(Generator):
         draws = super().draw(n, generator)
         return {"drop": draws["drop"], "t": draws["t"][:, :1, 0], "eps": draws["eps"][:, :, 0]}
 
-    def conditions(self, x, y):
+    def conditions(self, x, y, order=None, num_iter=None):
         """c (B, N, C): the class embedding, the same for every patch."""
         return self.class_emb(y)[:, None].expand(-1, self.cfg.n_tokens, -1)
 
     def loss(self, x, y, draws):
         c = self.class_emb(self.with_null(y, draws["drop"]))[:, None]
-        loss = self.diffloss(x, c, draws["t"], draws["eps"]).mean()
-        return torch.stack([loss, torch.zeros_like(loss)])
+        return self.diffloss(x, c, draws["t"], draws["eps"]).mean()
 
     forward = loss
 
@@ -504,7 +510,7 @@ def mar_config(weights, flags, path):
 
 
 def export_mar(path, state):
-    """Write a mar checkpoint of train.py in MAR's layout; T^-1, which MAR has not, stays behind.
+    """Write a mar checkpoint of train.py in MAR's layout.
 
     args are the flags that MAR's own programs need for it. What MAR's layout has no place for, and
     no tensor shows, is kept beside the weights: the number of heads, RoPE, the data.
@@ -520,7 +526,8 @@ def export_mar(path, state):
     def keep(part):
         table = state[part]["class_emb.weight"]
         rest = table.new_zeros(max(0, MAR_CLASSES - len(table)), table.shape[1])
-        own = {k: v for k, v in state[part].items() if not k.startswith(("inverse.", "buffer."))}
+        older = ("inverse.", "buffer.")              # of this project, which MAR has not
+        own = {k: v for k, v in state[part].items() if not k.startswith(older)}
         return {**own, "class_emb.weight": torch.cat([table, rest])}
 
     side = cfg["grid"] * facts["patch"]

@@ -1,17 +1,17 @@
 """The generators: AR (causal) here, MAR and CDM in mar.py; one interface for all three.
 
-    loss(x, y, draws)          [diffusion loss, loss of T^-1] of tokens x (B, N, D), labels y (B,)
+    loss(x, y, draws)          the diffusion loss of tokens x (B, N, D) under labels y (B,)
     draw(n, generator)         all the randomness of a training step, a dict of (n, ...) tensors
-    conditions(x, y)           teacher-forced conditions c (B, N, C): what the head is given when
-                               the known patches are real
+    conditions(x, y, order)    teacher-forced conditions c (B, N, C) by place: what the head is
+                               given when the known patches are real
     generate(y, noise, ...)    tokens (B, N, D): Algorithm 1; `refine` moves each condition
 
-Place i is an index in the generation order, a position one in the raster; for AR they are the same.
+Place i is an index in the generation order, a position one in the raster. An order (B, N) lists
+positions as they become known; AR has but the raster scan and does not look at it.
 Not here: the denoising head and its samplers (diffloss.py), refinement (ot_refine.py).
 References: LlamaGen arXiv 2406.06525 (the blocks); MAR arXiv 2406.11838 (diffusion loss).
 """
 import math
-import os
 from dataclasses import asdict, dataclass, fields
 
 import torch
@@ -47,7 +47,6 @@ class Config:
     mask_min: float = 0.7           # mar: the training mask ratio is normal (mean 1, mask_std),
     mask_std: float = 0.25          # cut to [mask_min, 1]
     rope: bool = False              # mar: 2-D RoPE in every attention, beside learned positions
-    inverse: bool = False           # train T^-1 beside the model (CHOICE inverse)
     objective: str = "eps"          # what the head is trained for: one of diffloss.OBJECTIVES
     n_decoder: int = 0              # mar: layers of the decoder; 0: n_layer
 
@@ -68,8 +67,6 @@ class Config:
         if (self.kind == "ar" or self.rope) and self.n_embd // self.n_head % 4:
             raise ValueError(f"n_embd / n_head = {self.n_embd // self.n_head} must be divisible by "
                              "4 for 2-D RoPE")
-        if self.n_decoder and self.kind != "mar":
-            raise ValueError(f"n_decoder={self.n_decoder}: only mar models have a decoder")
 
     @property
     def n_tokens(self):
@@ -92,9 +89,8 @@ PRESETS = {
     "cdm-b": dict(kind="cdm", **sizes(12, 12, 768)),
     "cdm-l": dict(kind="cdm", **sizes(24, 16, 1024)),
     "cdm-xl": dict(kind="cdm", **sizes(28, 16, 1152)),
-    "gpt-tiny": dict(kind="ar", **sizes(4, 4, 64, 2, 128), dropout=0.05, diffusion_batch_mul=1,
-                     inverse=True),
-    "mar-tiny": dict(kind="mar", **sizes(2, 6, 72, 2, 128), dropout=0.05, inverse=True,
+    "gpt-tiny": dict(kind="ar", **sizes(4, 4, 64, 2, 128), dropout=0.05, diffusion_batch_mul=1),
+    "mar-tiny": dict(kind="mar", **sizes(2, 6, 72, 2, 128), dropout=0.05,
                      diffusion_batch_mul=2,     # half of the tokens are masked: gpt-tiny's rows
                      n_class_tokens=4,
                      # CHOICE(rope): 2-D RoPE beside MAR's learned positions, with which alone it
@@ -105,8 +101,8 @@ PRESETS = {
                      mask_min=0.0, mask_std=0.5),
     "cdm-tiny": dict(kind="cdm", **sizes(4, 2, 82), dropout=0.05, diffusion_batch_mul=1),
 }
-OF_MAR = ("n_class_tokens", "mask_min", "mask_std", "rope")
-IDLE = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width")}    # what a kind does not read
+OF_MAR = ("n_class_tokens", "mask_min", "mask_std", "rope", "n_decoder")
+UNREAD = {"ar": OF_MAR, "cdm": (*OF_MAR, "head_depth", "head_width"), "mar": ()}    # by each kind
 
 
 def preset(name, **changes):
@@ -114,7 +110,7 @@ def preset(name, **changes):
     if name not in PRESETS:
         raise ValueError(f"unknown model {name!r}; {closest(name, PRESETS)}")
     kind = PRESETS[name]["kind"]
-    for field in changes.keys() & IDLE.get(kind, ()):
+    for field in changes.keys() & UNREAD[kind]:
         raise ValueError(f"{field}={changes[field]} would change nothing: a model of kind {kind} "
                          "does not read it")
     return Config(**{**PRESETS[name], **changes})
@@ -178,39 +174,22 @@ class CausalBlock(nn.Module):
         return h + self.drop(self.w2(F.silu(self.w1(n)) * self.w3(n)))
 
 
-class InverseMap(nn.Module):
-    """T^-1: the condition that a patch reveals, E[c_i | x_i], learned by regression. Clean patches
-    x (..., D), their positions i (...) -> (..., C)."""
-
-    def __init__(self, token_dim, cond_dim, n_positions, width=128):
-        super().__init__()
-        self.position = nn.Embedding(n_positions, width)
-        self.inp = nn.Linear(token_dim, width)
-        self.net = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                 nn.Linear(width, cond_dim))
-
-    def forward(self, x, i):
-        return self.net(self.inp(x) + self.position(i))
-
-    def loss(self, x, i, c):
-        """Mean squared error against the conditions c (..., C), which get no gradient."""
-        return F.mse_loss(self(x, i).float(), c.detach().float())
-
-
 class Generator(nn.Module):
-    """What the generators with a chain share: the head, T^-1, the randomness of a training step."""
+    """What the generators share: the head, the randomness of a training step."""
 
     def __init__(self, cfg, net=None):
         super().__init__()
         self.cfg = cfg
         net = net or DenoisingMLP(cfg.token_dim, cfg.n_embd, cfg.head_width, cfg.head_depth)
         self.diffloss = OBJECTIVES[cfg.objective](net)
-        if cfg.inverse:
-            self.inverse = InverseMap(cfg.token_dim, cfg.n_embd, cfg.n_tokens)
 
     @property
     def num_params(self):
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
     def draw(self, n, generator, per_image=None):
         """t and eps for `per_image` (all) tokens of each of n images, and which labels go."""
@@ -223,25 +202,10 @@ class Generator(nn.Module):
     def with_null(self, y, drop):
         return torch.where(drop, self.cfg.num_classes, y)
 
-    def head_loss(self, x, c, pos, draws):
-        """[diffusion loss, loss of T^-1] of x (B, n, D) under c (B, n, C) at positions (B, n)."""
+    def head_loss(self, x, c, draws):
+        """The mean diffusion loss of tokens x (B, n, D) under conditions c (B, n, C)."""
         # c is broadcast, not repeated: its projection is computed once for its `mul` uses
-        loss = self.diffloss(x[:, :, None], c[:, :, None], draws["t"], draws["eps"]).mean()
-        # CHOICE(inverse): T^-1 regresses c_i from (x_i, i) beside the model; it sees c, but c does
-        # not see it. Alternative: the paper leaves it undefined. Flag: --set inverse=0.
-        inverse = self.inverse.loss(x, pos, c) if self.cfg.inverse else torch.zeros_like(loss)
-        return torch.stack([loss, inverse])
-
-    def reveal(self, c, pos, x_T):
-        """a = T^-1(x_hat(c)) (B, C): what the patch drawn under c reveals (Alg. 1 lines 4-6).
-        c (B, C), positions pos (B,), noise x_T (B, D)."""
-        if not self.cfg.inverse:
-            raise ValueError("lam > 0 needs T^-1, but this model was trained with inverse=0")
-        # CHOICE(x_hat): one evaluation, at t = 900: nearly E[x | c], but the head's error is
-        # magnified 6 times and not 20,000 times as at t = 999. Alternative: a whole trajectory,
-        # the paper's literal text; the row "literal Algorithm 1" of ablate.py.
-        t = torch.full(pos.shape, 900, device=c.device)
-        return self.inverse(self.diffloss.x0_hat(x_T, t, c), pos)
+        return self.diffloss(x[:, :, None], c[:, :, None], draws["t"], draws["eps"]).mean()
 
     def places(self, num_iter=None):
         """[(a, b)] per AR step: places a .. b-1 of the generation order appear in it."""
@@ -267,11 +231,11 @@ class AR(Generator):
         for name, table in zip(("cos", "sin"), rope_2d(cfg.grid, d // cfg.n_head)):
             self.register_buffer(name, table, persistent=False)
         for name, p in self.named_parameters():
-            if p.dim() > 1 and not name.startswith(("diffloss", "inverse")):
+            if p.dim() > 1 and not name.startswith("diffloss"):
                 nn.init.normal_(p, std=0.02)
         nn.init.zeros_(self.x_proj.bias)
 
-    def conditions(self, x, y):
+    def conditions(self, x, y, order=None, num_iter=None):
         """c (B, N, C) of real tokens x (B, N, D) and labels y (B,), in one parallel pass."""
         h = self.drop(torch.cat([self.class_emb(y)[:, None], self.x_proj(x[:, :-1])], dim=1))
         for block in self.blocks:
@@ -279,9 +243,7 @@ class AR(Generator):
         return self.norm(h)
 
     def loss(self, x, y, draws):
-        c = self.conditions(x, self.with_null(y, draws["drop"]))
-        pos = torch.arange(self.cfg.n_tokens, device=x.device).expand(len(x), -1)
-        return self.head_loss(x, c, pos, draws)
+        return self.head_loss(x, self.conditions(x, self.with_null(y, draws["drop"])), draws)
 
     forward = loss                                                           # what DDP calls
 
@@ -299,7 +261,7 @@ class AR(Generator):
 
     @torch.no_grad()
     def generate(self, y, noise, cfg_scale=1.0, refine=None, on_condition=None,
-                 cfg_schedule=None, **sampling):
+                 cfg_schedule=None, order=None, **sampling):
         """Algorithm 1: tokens (B, N, D) of classes y (B,), with the images' own noise (ImageNoise).
 
         refine(i, c (B, C), y) -> c (B, C) moves the conditions of place i; on_condition(i, c,
@@ -327,40 +289,6 @@ class AR(Generator):
             tokens.append(x_i)                                               # line 10
             h = self.x_proj(twice(x_i))[:, None]
         return torch.stack(tokens, dim=1)
-
-
-# ---------------------------------------------------------------- devices
-
-def pick_device(name):
-    """The torch.device of 'auto', 'cpu', 'cuda', 'cuda:1' ..., which becomes the current one;
-    ValueError if it cannot be used. Under torchrun 'auto' and 'cuda' are the process's own GPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
-        torch.empty(0, device=device).cpu()              # "meta" holds no numbers
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
-        raise ValueError(f"--device {name} cannot be used: {why}") from None
-    return device
-
-
-def set_threads(model, device, threads=0):
-    """On a CPU: `threads`, or if 0 one for small models; the fastest exact products for large ones.
-
-    A second thread gives gpt-tiny 1.5x on an idle machine of 2 cores, and costs it 30x when another
-    program uses the other core.
-    """
-    if torch.device(device).type == "cpu":
-        if threads or model.num_params < 5e6:
-            torch.set_num_threads(threads or 1)
-        if model.num_params > 5e6:
-            import fast
-            fast.exact_products()
 
 
 # ---------------------------------------------------------------- checkpoints

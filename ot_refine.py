@@ -20,7 +20,7 @@ kernel); Feydy et al. 2019 (debiased divergence, averaged update); Pooladian & N
 import contextlib
 import math
 import warnings
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 
 import torch
@@ -305,23 +305,15 @@ class Refiner:
             return lift(z).to(c.dtype)
 
     def state(self):
-        """{place: [(map, {tensor's name: tensor}) ...]}: what frozen mode needs, to be saved."""
-        names = [name for name, _ in self.stages]
-        tensors = lambda T: {f.name: getattr(T, f.name) for f in fields(T)}
-        return {i: [(n, tensors(T)) for n, T in zip(names, maps)] for i, maps in self.maps.items()}
+        """{place: [{name: tensor} of each stage's map]}: what frozen mode needs, to be saved."""
+        return {i: [vars(T) for T in maps] for i, maps in self.maps.items()}
 
     def load(self, state):
         """The same Refiner with the maps of a `state()`, frozen."""
-        self.maps = {i: [MAPS[name](**kept) for name, kept in maps] for i, maps in state.items()}
+        self.maps = {i: [MAPS[name](**kept) for (name, _), kept in zip(self.stages, maps)]
+                     for i, maps in state.items()}
         self.frozen = True
         return self
-
-    def nbytes(self):
-        """Bytes of the targets and of the kept maps; tensors that share memory count once."""
-        kept = [z for maps in self.state().values() for _, parts in maps for z in parts.values()]
-        whole = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes()
-                 for z in (self.targets, *kept) if z is not None}
-        return sum(whole.values())
 
 
 # ---------------------------------------------------------------- precision and warnings

@@ -1,17 +1,20 @@
 """What ablate.py compares the method with, some ten lines a rival, and who judges.
 
 maps        dataclasses of the same `fit` interface as those of ot_refine.py, added to its MAPS
+inverse     T^-1 and x_hat for lam > 0: (refinement, k) -> the inverse(i, c) of ot_refine.Refiner
 controls    (refinement, seed, refine, y, index) -> another refine(i, c, y) for a batch of classes y
 fixes       of sampling: (model, value) changes methods of this one model; `fixed` undoes it
 trainings   subclasses of AR with another `loss`, whose checkpoints load and draw as any AR
 judges      three unrelated feature spaces; a part of the training images to choose settings on
 """
 import contextlib
+import functools
 import sys
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 import data as datasets
 import evaluate
@@ -22,6 +25,7 @@ from diffloss import ImageNoise
 from evaluate import Judge, extract, frechet_distance, gaussian
 from model import AR
 from ot_refine import Refiner, sq_cost
+from sample import ideal_conditions
 
 
 # ---------------------------------------------------------------- maps
@@ -90,6 +94,81 @@ ot_refine.MAPS.update(RIVALS)
 ot_refine.METHODS = ("none", "default", *ot_refine.MAPS)
 
 
+# ---------------------------------------------------------------- the inverse term, lam > 0
+
+class InverseMap(nn.Module):
+    """T^-1: the condition that a patch reveals, E[c_i | x_i]. Patches x (..., D), their positions
+    (...) -> (..., C).
+
+    CHOICE(inverse): a regression of c_i on (x_i, i), over real images as a trained model sees
+    them. Alternative: the paper leaves T^-1 undefined.
+    """
+
+    def __init__(self, token_dim, cond_dim, n_positions, width=128):
+        super().__init__()
+        self.position = nn.Embedding(n_positions, width)
+        self.inp = nn.Linear(token_dim, width)
+        self.net = nn.Sequential(nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, cond_dim))
+
+    def forward(self, x, i):
+        return self.net(self.inp(x) + self.position(i))
+
+    @classmethod
+    def fit(cls, x, i, c, steps=1000, rows=256):
+        """Fitted to patches x (n, D) at positions i (n,) with conditions c (n, C)."""
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.manual_seed(0)
+            T = cls(x.shape[1], c.shape[1], int(i.max()) + 1).to(c.device)
+            optimizer = torch.optim.Adam(T.parameters(), fused=True)
+            for step in range(steps):
+                some = torch.randint(len(x), (min(rows, len(x)),)).to(c.device)
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-2 * (1 - step / steps)
+                optimizer.zero_grad()
+                F.mse_loss(T(x[some], i[some]), c[some]).backward()
+                optimizer.step()
+        return T.requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def inverse_map(refinement, images=2000):
+    """The T^-1 of a model, by reference images of all classes in the orders of their classes."""
+    model, K, rows = refinement.model, refinement.model.cfg.num_classes, []
+    for k in range(0, K, -(-K // images)):
+        x, order = refinement.tokens_of(k, max(1, images // K)), refinement.order(k)
+        c = ideal_conditions(model, x, k, order, refinement.sampling.get("num_iter"))    # (N, m, C)
+        x = x.to(model.device)[:, order].transpose(0, 1)                                 # (N, m, D)
+        rows.append((x.flatten(0, 1), order.repeat_interleave(x.shape[1]), c.flatten(0, 1)))
+    return InverseMap.fit(*map(torch.cat, zip(*rows)))
+
+
+def inverse_by(x_hat):
+    """(refinement, k) -> inverse(i, c): T^-1 of x_hat(head, z, c), the patches that conditions c
+    (n, C) lead to from one fixed noise z (n, D) a place."""
+    @functools.wraps(x_hat)
+    def inverse_of(refinement, k):
+        model, cfg, order = refinement.model, refinement.model.cfg, refinement.order(k)
+        T, noise = inverse_map(refinement), ImageNoise(-1 - refinement.seed, [-1], model.device)
+        z = noise.randn(cfg.n_tokens, cfg.token_dim)[0]                                  # (N, D)
+        return lambda i, c: T(x_hat(model.diffloss, z[i].expand(len(c), -1), c),
+                              order[i].expand(len(c)))
+    return inverse_of
+
+
+@inverse_by
+def one_evaluation(head, z, c):
+    """CHOICE(x_hat): one evaluation, at t = 900: nearly E[x | c], but the head's error is magnified
+    6 times and not 20,000 times as at t = 999. Alternative: whole_trajectory, the literal text."""
+    return head.x0_hat(z, torch.full(c.shape[:1], 900, device=c.device), c)
+
+
+@inverse_by
+def whole_trajectory(head, z, c):
+    """The paper's literal Algorithm 1: 25 steps of DDIM inside each of its K steps."""
+    return head.sample(c, None, 1.0, z[None], "ddim", 25)
+
+
 # ---------------------------------------------------------------- controls
 
 def shuffled(refinement, seed, refine, y, index):
@@ -105,7 +184,7 @@ def ideal(refinement, seed, refine, y, index):
     """An oracle: each image is drawn under the ideal conditions of a real one of its class. Not
     for guidance, whose other branch would follow the images drawn."""
     K = refinement.model.cfg.num_classes
-    real = {k: refinement.conditions(k, refinement.m)[0] for k in y.unique().tolist()}
+    real = {k: refinement.conditions(k, refinement.m) for k in y.unique().tolist()}
     one = lambda k, j: real[k][:, (j // K + 97 * seed) % real[k].shape[1]]                # (N, C)
     c = torch.stack([one(k, j) for k, j in zip(y.tolist(), index.tolist())], 1)
     return lambda i, c_drawn, y: c[i].to(c_drawn.dtype)
@@ -132,22 +211,6 @@ def shared(refinement, seed, refine, y, index):
     return moved
 
 
-def whole_trajectory(model, order, seed=0, steps=25):
-    """inverse(i, c) of the paper's literal Algorithm 1: a DDIM trajectory inside each of its K
-    steps, from one fixed noise a place; by default sample.revealed makes one evaluation."""
-    cfg, device = model.cfg, next(model.parameters()).device
-    if not cfg.inverse:
-        raise ValueError("lam > 0 needs T^-1, but this model was trained with inverse=0")
-    order = torch.arange(cfg.n_tokens, device=device) if order is None else order
-    z = ImageNoise(-1 - seed, [0], device).randn(cfg.n_tokens, cfg.token_dim)[0]         # (N, D)
-
-    def inverse(i, c):
-        x = model.diffloss.sample(c, None, 1.0, z[i].expand(1, len(c), -1), "ddim", steps)
-        return model.inverse(x, order[i].expand(len(c)))
-
-    return inverse
-
-
 # ---------------------------------------------------------------- fixes of sampling
 
 def epsilon_scaling(model, lam):
@@ -171,8 +234,8 @@ def guidance_interval(model, most):
     """Guidance only where sigma, in 0 .. 1, is at most `most` (Kynkaanniemi et al. 2024)."""
     head, own = model.diffloss, model.diffloss.denoiser
 
-    def denoiser(c, c_null=None, cfg_scale=1.0, ts=None):
-        guided, plain = own(c, c_null, cfg_scale, ts), own(c, ts=ts)
+    def denoiser(ts, c, c_null=None, cfg_scale=1.0):
+        guided, plain = own(ts, c, c_null, cfg_scale), own(ts, c)
         return lambda x_t, t: (guided if head.schedule.sigma[t] <= most else plain)(x_t, t)
 
     head.denoiser = denoiser
@@ -190,9 +253,9 @@ def autoguidance(model, scale):
         def drawn(c, c_null, cfg_scale, z, solver=None, steps=25, **options):
             nonlocal h
             run, timesteps, _ = head.solver(solver)
-            bad = weak.diffloss.denoiser(weak.next_condition(next(i), h, caches),
-                                         ts=timesteps(steps))
-            good = head.denoiser(c, ts=timesteps(steps))
+            good = head.denoiser(timesteps(steps), c)
+            c_weak = weak.next_condition(next(i), h, caches)
+            bad = weak.diffloss.denoiser(timesteps(steps), c_weak)
 
             def denoise(x_t, t):
                 x0, v = good(x_t, t)
@@ -211,14 +274,14 @@ def autoguidance(model, scale):
 @contextlib.contextmanager
 def fixed(model, fix):
     """The model with a fix (function, value), or as it is."""
-    quickest = sample.quickest
+    fast_copy = sample.fast_copy
     try:
         if fix:
             fix[0](model, fix[1])
-            sample.quickest = lambda model: model            # fast.py's copy would lack the fix
+            sample.fast_copy = lambda model: model           # which would lack the fix
         yield
     finally:
-        sample.quickest = quickest
+        sample.fast_copy = fast_copy
         for part in (model, model.diffloss):
             for name in ("generate", "sample", "denoiser"):
                 vars(part).pop(name, None)
@@ -240,10 +303,10 @@ class ContextNoise(AR):
         return x + self.MOST * draws["level"] * draws["noise"]
 
     def loss(self, x, y, draws):
-        y, pos = self.with_null(y, draws["drop"]), torch.arange(self.cfg.n_tokens, device=x.device)
+        y = self.with_null(y, draws["drop"])
         # held-out losses compare with those of other runs
         known = self.context(x, y, draws) if self.training else x
-        return self.head_loss(x, self.conditions(known, y), pos.expand(len(x), -1), draws)
+        return self.head_loss(x, self.conditions(known, y), draws)
 
     forward = loss
 

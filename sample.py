@@ -10,9 +10,9 @@
 Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
 that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
 """
-from command import Parser, join, number, run        # first: it answers signals
+# first: it answers signals
+from command import Parser, join, number, pick_device, run, set_threads
 
-import copy
 import functools
 import os
 import time
@@ -30,15 +30,14 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import (check_output, find_checkpoint, read_torch, save_checkpoint, sha256, tensors,
-                   write, write_png)
-from model import GUIDANCE, load_model, pick_device, set_threads
+from files import (check_output, find_checkpoint, read_kept, save_kept, sha256, tensors, write,
+                   write_png)
+from model import GUIDANCE, load_model
 from ot_refine import METHODS, Refiner, principal_axes, stages
 
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps
 LARGE = 5e7             # parameters from which on a CPU may gain by bf16
-HELD = 2 ** 28          # bytes of maps in memory beyond which classes no longer share a batch
 
 
 # ---------------------------------------------------------------- one batch, the ideal conditions
@@ -46,14 +45,14 @@ HELD = 2 ** 28          # bytes of maps in memory beyond which classes no longer
 def draw(model, y, index, seed, refine=None, on_condition=None, **options):
     """Tokens (B, N, D) of the images `index` (B ints) of a seed, of classes y (B,); refine,
     on_condition and options (guidance, solver, steps ...) are those of the model's `generate`."""
-    device = next(model.parameters()).device
-    noise, quick = ImageNoise(seed, index, device), quickest(model)
-    return quick.generate(y.to(device), noise, refine=refine, on_condition=on_condition, **options)
+    noise, device = ImageNoise(seed, index, model.device), model.device
+    return fast_copy(model).generate(y.to(device), noise, refine=refine, on_condition=on_condition,
+                                     **options)
 
 
-def quickest(model):
+def fast_copy(model):
     """What is drawn from: a large model, and any on a GPU, as fast.py makes it; else itself."""
-    if next(model.parameters()).device.type == "cpu" and model.num_params < LARGE:
+    if model.device.type == "cpu" and model.num_params < LARGE:
         return model
     import fast
     return fast.ready(model)
@@ -66,54 +65,41 @@ def tokens_of(dataset, split="train"):
 
 
 @torch.no_grad()
-def ideal_conditions(model, x, k, order=None, num_iter=None, batch=256):
-    """Targets (N, m, C), particles of P_c* at each place: teacher-forced conditions of real tokens
-    x (m, N, D) of class k.
+def ideal_conditions(model, x, k, order, num_iter=None, batch=256):
+    """Targets (N, m, C), particles of P_c* at each place of an order (N,): teacher-forced
+    conditions of real tokens x (m, N, D) of class k.
     CHOICE(target): the ideal condition is what the transformer computes from an error-free context,
     so that P_c differs from P_c* by exposure bias alone. Alternative: the paper's buffer of the
     conditions met in training, which was worse. For another P_c*, change x here.
     """
-    device = next(model.parameters()).device
-    y, parts = torch.full((len(x),), k, device=device), []
-    for a, b in zip(x.to(device).split(batch), y.split(batch)):
-        given = {} if order is None else {"order": order.expand(len(a), -1), "num_iter": num_iter}
-        parts.append(quickest(model).conditions(a, b, **given).float())
+    y = torch.full((len(x),), k, device=model.device)
+    parts = [fast_copy(model).conditions(a, b, order.expand(len(a), -1), num_iter).float()
+             for a, b in zip(x.to(model.device).split(batch), y.split(batch))]
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 
-def class_order(cfg, k, seed=0, device="cpu"):
-    """The generation order (N,) of class k: None for ar, which has but one.
+def class_order(model, k, seed=0):
+    """The generation order (N,) of class k; an ar model has but the raster scan.
 
     CHOICE(orders): a mar condition depends on which patches are known, so that refined images share
     an order, random by class. Alternative: the raster scan for all, better on the digits and much
     worse on Fashion-MNIST. Flag: --order.
     """
-    if cfg.kind != "mar":
-        return None
+    if model.cfg.kind == "ar":
+        return raster_order(model, k)
     generator = torch.Generator().manual_seed(1_000_003 * seed + k)
-    return torch.randperm(cfg.n_tokens, generator=generator).to(device)
+    return torch.randperm(model.cfg.n_tokens, generator=generator).to(model.device)
 
 
-def raster_order(cfg, k, seed=0, device="cpu"):
-    return torch.arange(cfg.n_tokens, device=device)
-
-
-ORDERS = {"random": class_order, "raster": raster_order}
-
-
-def revealed(model, order, seed=0):
-    """inverse(i, c) -> T^-1(x_hat(c)) (n, C) for lam > 0, with one fixed noise a place."""
-    cfg, device = model.cfg, next(model.parameters()).device
-    order = torch.arange(cfg.n_tokens, device=device) if order is None else order
-    z = ImageNoise(-1 - seed, [-1], device).randn(cfg.n_tokens, cfg.token_dim)[0]         # (N, D)
-    return lambda i, c: model.reveal(c, order[i].expand(len(c)), z[i].expand(len(c), -1))
+def raster_order(model, k, seed=0):
+    return torch.arange(model.cfg.n_tokens, device=model.device)
 
 
 # ---------------------------------------------------------------- refinement, class by class
 
-@dataclass
+@dataclass(eq=False)
 class Refinement:
-    """How conditions are refined: `of(k)` gives the Refiner of class k, fitted if it is frozen.
+    """How conditions are refined: `refiner(k)` is the Refiner of class k, fitted if it is frozen.
 
     sampling: how images are drawn (options of `generate`), with which frozen maps are calibrated.
     origin: digests of what targets depend on beside the settings here ({"weights": ...}).
@@ -130,11 +116,11 @@ class Refinement:
     rank: int | None = None         # directions of transport; None: a quarter of C, 0: all
     n_cal: int | None = None        # images that calibrate a class; None: 2 m, 200 to 1000
     lam: float = 0.0                # weight of the inverse-process term
+    inverse_of: Callable | None = None      # for lam > 0: (refinement, k) -> inverse(i, c)
+    order_of: Callable = class_order        # (model, k, seed) -> the order (N,) of class k
     seed: int = 0                   # of the calibration's noise and of mar's orders
     folder: Path | None = None      # where targets and maps are kept
     origin: dict | None = None
-    order_of: Callable = class_order
-    inverse_of: Callable = revealed
 
     def __post_init__(self):
         if self.model.cfg.kind == "cdm":
@@ -142,27 +128,27 @@ class Refinement:
                              "use an ar or mar model")
         self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
-        self.device = next(self.model.parameters()).device
         self.say = functools.cache(print)                      # each message once
         Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
 
-        # all that targets, and maps, depend on, but the class
-        self.of_targets = {**(self.origin or {}), "code": code_digest(), "m": self.m,
-                           "rank": self.rank, "orders": [self.order_of.__qualname__, self.seed],
-                           "num_iter": self.sampling.get("num_iter")}
-        self.of_maps = {**self.of_targets, "stages": self.stages, "reg": self.reg,
-                        "lam": [self.lam, self.inverse_of.__qualname__], "n_cal": self.n_cal,
-                        "sampling": self.sampling}
+        # beside the class; functions are known by their names
+        name = lambda function: function and function.__qualname__
+        self.targets_depend_on = {**(self.origin or {}), "code": code_digest(), "m": self.m,
+                                  "rank": self.rank, "orders": [name(self.order_of), self.seed],
+                                  "num_iter": self.sampling.get("num_iter")}
+        self.maps_depend_on = {**self.targets_depend_on, "stages": self.stages, "reg": self.reg,
+                               "lam": [self.lam, name(self.inverse_of)], "n_cal": self.n_cal,
+                               "sampling": self.sampling}
 
     def order(self, k):
-        return self.order_of(self.model.cfg, k, self.seed, self.device)
+        return self.order_of(self.model, k, self.seed)
 
     def conditions(self, k, m):
-        """Whole ideal conditions (N, m, C) of class k by place, and their order."""
-        x, order = self.tokens_of(k, m), self.order(k)
+        """Whole ideal conditions (N, m, C) of class k by place."""
+        x = self.tokens_of(k, m)
         if len(x) == 0:
             raise ValueError(f"class {k} has no reference image: refinement needs one, better 100")
-        return ideal_conditions(self.model, x, k, order, self.sampling.get("num_iter")), order
+        return ideal_conditions(self.model, x, k, self.order(k), self.sampling.get("num_iter"))
 
     @functools.cached_property
     def axes(self):
@@ -170,70 +156,52 @@ class Refinement:
         def make():
             n = self.model.cfg.num_classes
             some = range(0, n, -(-n // SPREAD))
-            found = (self.conditions(k, SPREAD // len(some)) for k in some)
-            # mar: orders differ between classes; a position's directions do not
-            found = [c if order is None else c[order.argsort()] for c, order in found]
+            # orders may differ between classes; a position's directions do not
+            found = [self.conditions(k, SPREAD // len(some))[self.order(k).argsort()] for k in some]
             return principal_axes(torch.cat(found, 1), self.rank)
-        shape = self.model.cfg.n_tokens, self.model.cfg.n_embd, self.rank
-        return self.kept("axes", self.of_targets, make, lambda z: z.shape == shape)
+        return self.kept("axes", self.targets_depend_on, make)
 
     def targets(self, k):
         """(N, m, r): the ideal conditions of class k in the axes of its places."""
         def make():
-            c, order = self.conditions(k, self.m)
+            c = self.conditions(k, self.m)
             if c.shape[1] < 25:
                 self.say("warning: with less than 25 reference images of a class its refined "
                          "images may be worse than unrefined ones")
-            return torch.bmm(c, self.axes if order is None else self.axes[order])
-        fits = lambda z: (len(z), z.shape[2]) == (len(self.axes), self.rank) and z.shape[1] > 0
-        return self.kept(f"targets-{k}", self.of_targets, make, fits)
+            return torch.bmm(c, self.axes[self.order(k)])
+        return self.kept(f"targets-{k}", self.targets_depend_on, make)
 
-    def of(self, k):
+    def refiner(self, k):
         """The Refiner of class k; frozen: calibrated, or from the maps of an equal calibration."""
         if not self.stages:
             return Refiner(None, None, ())
         order, targets = self.order(k), self.targets(k)
-        axes = self.axes if order is None else self.axes[order]
-        inverse = self.inverse_of(self.model, order, self.seed) if self.lam > 0 else None
-        refiner = Refiner(axes, targets, self.stages, self.reg, self.lam, inverse)
+        inverse = self.inverse_of(self, k) if self.lam > 0 else None
+        refiner = Refiner(self.axes[order], targets, self.stages, self.reg, self.lam, inverse)
         if self.coupled:
             return refiner
 
         def calibrate():              # negative seeds: the noise of no image, whatever its --seed
             n = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
-            given = {} if order is None else {"order": order.expand(n, -1)}
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
-                 lambda i, c, y: refiner(i, c), **self.sampling, **given)
+                 lambda i, c, y: refiner(i, c), **self.sampling, order=order.expand(n, -1))
             return refiner.state()
+        return refiner.load(self.kept(f"maps-{k}", self.maps_depend_on, calibrate))
 
-        def fits(state):
-            tried, c = copy.copy(refiner).load(state), axes.new_zeros(1, axes.shape[1])
-            tried.lam = 0.0
-            return state and all(tried(i, c).shape == c.shape for i in state)
-        return refiner.load(self.kept(f"maps-{k}", self.of_maps, calibrate, fits))
-
-    def kept(self, name, depends, make, fits):
-        """make(), or what it gave before, from folder/name.pt if that was made for the same and
-        fits(it): a foreign file may hold anything."""
+    def kept(self, name, depends, make):
+        """make(), or what it gave before, from folder/name.pt if that was made for the same."""
         file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
         if file and file.exists():
             try:
-                saved = read_torch(file, "part of a refinement", self.device)
-                differs = [w for w in depends if saved["made_for"].get(w) != depends[w]]
-                if not differs and fits(saved["value"]):
-                    return saved["value"]
-                reason = (f"were made for another {', '.join(differs)}" if differs else
-                          "are not what this model needs")
-            except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-                reason = f"cannot be read ({error})"
-            self.say(f"the {kind} in {self.folder} {reason}: computing anew")
+                return read_kept(file, depends, self.model.device)
+            except ValueError as error:
+                self.say(f"the {kind} in {self.folder} {error}: computing anew")
 
         value = make()
         copies = 1 if kind == "axes" else self.model.cfg.num_classes
         if self.folder and sum(z.nbytes for z in tensors(value)) * copies <= KEEP:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(file, {"made_for": depends, "value": value})
+                save_kept(file, depends, value)
             except (OSError, ValueError) as error:
                 print(f"{error}: the refinement is not kept")
                 self.folder = None
@@ -255,37 +223,14 @@ def weights_digest(model):
 # ---------------------------------------------------------------- many images
 
 def batches(labels, index, size, refinement=None):
-    """Parts of index, of at most `size` images, each with {class: Refiner} of its classes: whole
-    ones or equal parts of one, as coupled maps want it; small ones share a batch while their maps
-    take little memory."""
+    """Parts of index, of at most `size` images, each with the Refiner of its class or None. A
+    refined class is drawn on its own, in equal parts, as coupled maps want it."""
     if refinement is None:
-        yield from ((part, {}) for part in index.split(size) if len(part))
+        yield from ((part, None) for part in index.split(size) if len(part))
         return
-    waiting, refiners = index[:0], {}
     for k in labels[index].unique().tolist():
-        mine, refiner = index[labels[index] == k], refinement.of(k)
-        for part in mine.tensor_split(-(-len(mine) // size)):
-            held = sum(r.nbytes() for r in refiners.values())
-            if refiners and (len(waiting) + len(part) > size or held > HELD):
-                yield waiting, refiners
-                waiting, refiners = index[:0], {}
-            waiting, refiners[k] = torch.cat([waiting, part]), refiner
-    if refiners:
-        yield waiting, refiners
-
-
-def by_class(refiners, y, device):
-    """refine(i, c, y) for a batch of classes y (B,): each by its own Refiner."""
-    # found once, here, as to look for them would make a GPU wait at every place
-    rows = {k: (y == k).nonzero()[:, 0].to(device) for k in refiners}
-
-    def refine(i, c, y):
-        out = c.clone()
-        for k, at in rows.items():
-            out[at] = refiners[k](i, c[at])
-        return out
-
-    return refine
+        mine, refiner = index[labels[index] == k], refinement.refiner(k)
+        yield from ((part, refiner) for part in mine.tensor_split(-(-len(mine) // size)))
 
 
 def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, refinement=None,
@@ -295,29 +240,19 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
     decode: tokens (B, N, D) -> uint8 images, or latents: see data.decoder; sampling: options of
     `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls.
     """
-    device, images = next(model.parameters()).device, None
-    for part, refiners in batches(labels, index, batch_size, refinement):
-        y, refine, given = labels[part], None, {}
-        if refinement is not None:
-            refine = by_class(refiners, y, device)
-            refine = wrap(refine, y, part) if wrap else refine
-            if model.cfg.kind == "mar":
-                given["order"] = torch.stack([refinement.order(k) for k in y.tolist()])
-        x = decode(draw(model, y, part.tolist(), seed, refine, **sampling, **given))
+    images = None
+    for part, refiner in batches(labels, index, batch_size, refinement):
+        y, options = labels[part], dict(sampling)
+        if refiner:
+            options["refine"] = lambda i, c, y: refiner(i, c)
+            options["order"] = refinement.order(y[0].item()).expand(len(y), -1)
+        if wrap:
+            options["refine"] = wrap(options.get("refine"), y, part)
+        x = decode(draw(model, y, part.tolist(), seed, **options))
         images = np.empty((len(labels), *x.shape[1:]), x.dtype) if images is None else images
         images[part.numpy()] = x
         tick(len(part))
     return images
-
-
-def images_at_once(model, sampling, most=500):
-    """How many images are drawn at once by default: on a GPU what 70 % of the free memory holds."""
-    device = next(model.parameters()).device
-    if device.type == "cpu":
-        return most
-    import fast
-    free = torch.cuda.mem_get_info(device)[0] - fast.weight_bytes(model)
-    return min(most, max(1, int(0.7 * free / fast.image_bytes(model, **sampling))))
 
 
 def gather(images, shares, rank):
@@ -349,7 +284,7 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the head per patch")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
     add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
-    add("--order", choices=ORDERS,
+    add("--order", choices=("random", "raster"),
         help="mar: one generation order a class (default: one an image; refined: random)")
     add("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE,
         help="classifier-free guidance: fidelity for variety; 1 = off")
@@ -402,20 +337,23 @@ def setup(args):
 
     order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
     if args.refine != "none" or order:                   # an order alone: conditions stay
-        given = {}
+        given = {"order_of": raster_order if order == "raster" else class_order}
         if args.refine != "none":
             if facts.get("cache_dir"):
                 dataset()                    # are the latents in the cache those of the images?
-            given = {"coupled": args.coupled, "m": args.m, "folder": path.parent / "refine",
-                     "origin": {"weights": weights_digest(model),
-                                "references": datasets.digest(facts, data_dir())}}
+            given |= {"coupled": args.coupled, "m": args.m, "folder": path.parent / "refine",
+                      "origin": {"weights": weights_digest(model),
+                                 "references": datasets.digest(facts, data_dir())}}
         if args.refine not in ("none", "gaussian"):
             given |= {"K": args.K, "eta": args.eta}
         refinement = Refinement(model, lambda k, m: tokens_of(dataset())(k, m), sampling,
-                                args.refine, order_of=ORDERS[order or "random"], **given)
+                                args.refine, **given)
 
+    size = args.batch_size or 500
     coupled = refinement and refinement.coupled          # its images depend on the batch
-    size = args.batch_size or (500 if coupled else images_at_once(model, sampling))
+    if not args.batch_size and device.type != "cpu" and not coupled:
+        import fast
+        size = fast.images_at_once(model, sampling)
     images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
                                refinement=refinement)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,

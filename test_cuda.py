@@ -144,9 +144,8 @@ def test_drawing_makes_no_gpu_wait(name, how):
     sampling, refine, given = dict(cfg_scale=1.5, steps=2), None, {}
     if how == "frozen":
         refinement = Refinement(model, lambda k, m: real(k, 30, 4), sampling, n_cal=30)
-        refine = sample.by_class({0: refinement.of(0)}, y, y.device)
-        order = refinement.order(0)
-        given = {} if order is None else {"order": order.expand(8, -1)}
+        refiner, given = refinement.refiner(0), {"order": refinement.order(0).expand(8, -1)}
+        refine = lambda i, c, y: refiner(i, c)
     model = fast.low(model)
     go = lambda: model.generate(y, ImageNoise(0, range(8)), refine=refine, **sampling, **given)
     go()                                                    # tables are sent once
@@ -280,12 +279,12 @@ def test_a_model_is_prepared_once_and_anew_when_its_weights_have_changed(monkeyp
     model = tiny("gpt-tiny")
     monkeypatch.setattr(sample, "LARGE", 0)
     monkeypatch.setattr(fast, "has_bf16", lambda device: True)
-    first = sample.quickest(model)
-    assert sample.quickest(model) is first and next(first.parameters()).dtype == torch.bfloat16
+    first = sample.fast_copy(model)
+    assert sample.fast_copy(model) is first and next(first.parameters()).dtype == torch.bfloat16
     assert next(model.parameters()).dtype == torch.float32, "the model itself stays as it is"
     with torch.no_grad():
         model.x_proj.bias += 1
-    again = sample.quickest(model)
+    again = sample.fast_copy(model)
     assert again is not first and relative(again.x_proj.bias, model.x_proj.bias) < 1e-2
     x = draw(model, torch.tensor([1]), [0], 0, steps=2)
     y, noise = torch.tensor([1]), ImageNoise(0, [0])
@@ -317,14 +316,14 @@ def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):
     monkeypatch.setattr(fast, "has_bf16", lambda device: True)
     free = 20e9 + fast.weight_bytes(model)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 24e9))
-    n = sample.images_at_once(model, dict(cfg_scale=1.5, steps=100))
+    n = fast.images_at_once(model, dict(cfg_scale=1.5, steps=100))
     # keys and values alone: 2 branches x 2 x 12 layers x 256 tokens x 768 x 2 bytes
     kept = sum(z.nbytes for z in fast.low(tiny("gpt-tiny")).empty_cache(
         2, torch.empty(0, dtype=torch.bfloat16)))
     assert kept == 2 * 2 * 4 * 16 * 64 * 2 and 200 < n < 0.7 * 20e9 / (2 * 2 * 12 * 256 * 768 * 2)
-    assert sample.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.3 * n
+    assert fast.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.3 * n
     free = 0
-    assert sample.images_at_once(model, {}) == 1, "at least one, which may still not fit"
+    assert fast.images_at_once(model, {}) == 1, "at least one, which may still not fit"
 
 
 def test_the_loss_compiles_without_graph_breaks_and_is_not_compiled_again():
@@ -345,7 +344,7 @@ def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(monkeypat
             raise RuntimeError("Cannot find a working triton installation\nand more")
         return call
     monkeypatch.setattr(torch, "compile", broken)
-    fn = train.compiled(lambda x: x + 1)
+    fn = fast.compiled(lambda x: x + 1)
     assert fn(1) == 2 and fn(2) == 3
     said = capsys.readouterr().out.splitlines()
     assert said == ["--compile is off: Cannot find a working triton installation"]

@@ -43,10 +43,10 @@ def tiny(name, **changes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """{kind: run folder} of such models, and "bare": an ar model without T^-1."""
+    """{kind: run folder} of such models, and "early": another ar model."""
     facts, out = data.load("digits", size=16, patch=8).facts, {}
     for key, name, changes in (("ar", "gpt-tiny", {}), ("mar", "mar-tiny", {}),
-                               ("cdm", "cdm-tiny", {}), ("bare", "gpt-tiny", {"inverse": False})):
+                               ("cdm", "cdm-tiny", {}), ("early", "gpt-tiny", {"dropout": 0.0})):
         m, out[key] = tiny(name, **changes), tmp_path_factory.mktemp(key)
         state = {"config": asdict(m.cfg), "model": m.state_dict(), "ema": m.state_dict(),
                  "step": 0, "data": facts}
@@ -114,16 +114,44 @@ def test_every_rival_is_a_map_of_the_refiner_and_can_be_saved(name):
 
 # ---------------------------------------------------------------- the literal algorithm, controls
 
+def conditions_that_reveal(model, k, m):
+    """Patches x (m, N, D) of class k in its order, and conditions (m, N, C) that one patch and its
+    position decide."""
+    order = sample.class_order(model, k)
+    x = real_tokens(k, m)[:, order]
+    return x, x @ randn(64, model.cfg.n_embd, seed=7) / 8 + order[:, None]
+
+
 @pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
-def test_the_literal_inverse_is_t_inverse_of_a_whole_ddim_trajectory(name):
+def test_t_inverse_is_the_condition_that_a_patch_reveals_by_real_images_of_all_classes(
+        name, monkeypatch):
+    model = tiny(name)
+    monkeypatch.setattr(rivals, "ideal_conditions", lambda model, x, k, order, num_iter: (
+        conditions_that_reveal(model, k, len(x))[1].transpose(0, 1)))
+    refinement = sample.Refinement(model, real_tokens, {}, lam=0.1, inverse_of=len)
+    state = torch.get_rng_state()
+    T = rivals.inverse_map(refinement)
+    assert torch.equal(state, torch.get_rng_state()) and rivals.inverse_map(refinement) is T
+    (x, c), order = conditions_that_reveal(model, 3, 30), sample.class_order(model, 3)
+    # 1000 steps on 300 images: what is left is 1 % of the variance
+    assert (T(x, order.expand(30, -1)) - c).square().mean() < 0.03 * c.var()
+
+
+@pytest.mark.parametrize("name", ["gpt-tiny", "mar-tiny"])
+def test_a_is_t_inverse_of_one_evaluation_or_of_a_whole_ddim_trajectory(name, monkeypatch):
     model, c = tiny(name), randn(7, preset(name).n_embd)
-    order = sample.class_order(model.cfg, 3)
+    T = rivals.InverseMap(64, model.cfg.n_embd, 4)
+    monkeypatch.setattr(rivals, "inverse_map", lambda refinement: T)
+    refinement = sample.Refinement(model, real_tokens, {}, seed=5)
+    z = sample.ImageNoise(-6, [-1]).randn(4, 64)[0, 2].expand(7, -1)
+    position = torch.full((7,), int(sample.class_order(model, 3, 5)[2]))
+    head = model.diffloss
     with torch.no_grad():
-        a = rivals.whole_trajectory(model, order, seed=5, steps=3)(2, c)
-        z = sample.ImageNoise(-6, [0]).randn(4, 64)[0, 2]
-        x = model.diffloss.sample(c, None, 1.0, z.expand(1, 7, 64), solver="ddim", steps=3)
-        position = 2 if order is None else order[2]
-        assert torch.equal(a, model.inverse(x, torch.full((7,), int(position))))
+        one = head.x0_hat(z, torch.full((7,), 900), c)
+        whole = head.sample(c, None, 1.0, z[None], solver="ddim", steps=25)
+        for inverse_of, x in ((rivals.one_evaluation, one), (rivals.whole_trajectory, whole)):
+            assert torch.equal(inverse_of(refinement, 3)(2, c), T(x, position))
+    assert not torch.allclose(one, whole, atol=0.1)
 
 
 def test_the_literal_algorithm_runs_a_trajectory_in_each_of_its_steps(monkeypatch):
@@ -132,8 +160,9 @@ def test_the_literal_algorithm_runs_a_trajectory_in_each_of_its_steps(monkeypatc
     monkeypatch.setattr(model.diffloss, "sample",
                         lambda *a, **k: calls.append(a[4:] or k) or draw(*a, **k))
     refinement = sample.Refinement(model, real_tokens, {"steps": 2}, **ablate.LITERAL)
+    refiner = refinement.refiner(0)
     sample.draw(model, torch.zeros(6, dtype=torch.long), range(6), 0,
-                lambda i, c, y: refinement.of(0)(i, c), steps=2)
+                lambda i, c, y: refiner(i, c), steps=2)
     inner = [call for call in calls if call == ("ddim", 25)]
     assert len(inner) == 2 * 3 and len(calls) == len(inner) + 4, "K = 2 at 3 of 4 places"
 
@@ -154,10 +183,9 @@ def test_the_oracle_draws_each_image_under_the_conditions_of_a_real_one_of_its_c
     given = {seed: rivals.ideal(refinement, seed, None, index % 10, index) for seed in (0, 1)}
     c = torch.stack([given[0](i, randn(1), None) for i in range(4)])                 # (N, B, C)
     for k in range(10):
-        order, y = sample.class_order(model.cfg, k), torch.full((30,), k)
-        options = {} if order is None else {"order": order.expand(30, -1)}
+        order, y = sample.class_order(model, k).expand(30, -1), torch.full((30,), k)
         with torch.no_grad():
-            real = model.conditions(real_tokens(k, 30), y, **options).transpose(0, 1)
+            real = model.conditions(real_tokens(k, 30), y, order).transpose(0, 1)
         far = (c[:, k::10, None] - real[:, None]).abs().amax((0, 3))                 # (6, 30)
         # a batch of 30 is computed as one here as there: equal but for rounding
         assert far.amin(1).max() < 1e-4 and len(set(far.argmin(1).tolist())) == 6
@@ -189,13 +217,13 @@ def eps_of(head, x_t, t, x0):
 
 def test_epsilon_scaling_divides_eps_by_lambda_and_is_drawn_from_no_faster_copy(monkeypatch):
     model, c, x_t = tiny("gpt-tiny"), randn(5, 64), randn(5, 64, seed=1)
-    monkeypatch.setattr(sample, "quickest", lambda model: "a copy")
+    monkeypatch.setattr(sample, "fast_copy", lambda model: "a copy")
     model.diffloss.x0_bound = None
-    plain = model.diffloss.denoiser(c)(x_t, 600)[0]
+    plain = model.diffloss.denoiser([600], c)(x_t, 600)[0]
     with rivals.fixed(model, (rivals.epsilon_scaling, 1.25)):
-        scaled = model.diffloss.denoiser(c)(x_t, 600)[0]
-        assert sample.quickest(model) is model
-    assert sample.quickest(model) == "a copy"
+        scaled = model.diffloss.denoiser([600], c)(x_t, 600)[0]
+        assert sample.fast_copy(model) is model
+    assert sample.fast_copy(model) == "a copy"
     a, b = (eps_of(model.diffloss, x_t, 600, x0) for x0 in (plain, scaled))
     assert torch.allclose(b, a / 1.25, atol=1e-5) and a.abs().mean() > 0.1
 
@@ -203,10 +231,11 @@ def test_epsilon_scaling_divides_eps_by_lambda_and_is_drawn_from_no_faster_copy(
 def test_guidance_in_an_interval_is_guidance_below_its_noise_level_and_none_above():
     model, c, null, x_t = tiny("gpt-tiny"), randn(5, 64), randn(5, 64, seed=2), randn(5, 64, seed=1)
     head = model.diffloss
-    both = {t: (head.denoiser(c, null, 2.0)(x_t, t)[0], head.denoiser(c)(x_t, t)[0])
-            for t in (100, 900)}
+    ts = [900, 100]
+    both = {t: (head.denoiser(ts, c, null, 2.0)(x_t, t)[0], head.denoiser(ts, c)(x_t, t)[0])
+            for t in ts}
     with rivals.fixed(model, (rivals.guidance_interval, 0.5)):
-        denoise = head.denoiser(c, null, 2.0)
+        denoise = head.denoiser(ts, c, null, 2.0)
         assert torch.equal(denoise(x_t, 100)[0], both[100][0])
         assert torch.equal(denoise(x_t, 900)[0], both[900][1])
     assert not torch.equal(*both[100]) and not torch.equal(*both[900])
@@ -233,7 +262,8 @@ def test_a_rival_trains_on_a_spoilt_context_and_clean_targets_and_is_judged_as_a
     cfg = preset("gpt-tiny", token_dim=64, grid=2, num_classes=10, dropout=0.0)
     torch.manual_seed(0)
     model = rivals.TRAININGS[name](cfg)
-    torch.nn.init.normal_(model.diffloss.net.final_layer.linear.weight, std=0.02)
+    for p in model.diffloss.parameters():                # sees its conditions
+        torch.nn.init.normal_(p, std=0.05)
     plain = build(cfg)
     plain.load_state_dict(model.state_dict())
     x, y = randn(6, 4, 64).clamp(-1, 1), torch.arange(6)
@@ -241,7 +271,7 @@ def test_a_rival_trains_on_a_spoilt_context_and_clean_targets_and_is_judged_as_a
     want = plain.loss(x, y, draws)
     assert torch.equal(model.eval().loss(x, y, draws), want)
     c = plain.conditions(model.context(x, y, draws), model.with_null(y, draws["drop"]))
-    clean = plain.head_loss(x, c, torch.arange(4).expand(6, -1), draws)
+    clean = plain.head_loss(x, c, draws)
     assert torch.equal(model.train().loss(x, y, draws), clean)
     assert not torch.allclose(clean, want, rtol=1e-6)
     small = {**draws, "level": 0 * draws["level"]}
@@ -337,14 +367,14 @@ def test_each_mar_row_draws_in_the_orders_that_it_names(runs, quick_judge, tmp_p
         elif "raster" in row.name:
             assert (order == torch.arange(4)).all()
         else:
-            assert all(torch.equal(o, sample.class_order(model.cfg, int(k)))
+            assert all(torch.equal(o, sample.class_order(model, int(k)))
                        for o, k in zip(order, y)) and len(order.unique(dim=0)) > 3
 
 
 def test_every_row_fits_its_model_and_every_figure_a_screen(runs):
-    args = ablate.parse_args(["parts", "--ar", str(runs["ar"]), str(runs["bare"]), "--mar",
+    args = ablate.parse_args(["parts", "--ar", str(runs["ar"]), str(runs["early"]), "--mar",
                               str(runs["mar"]), "--cdm", str(runs["cdm"]), "--guide",
-                              str(runs["bare"])])
+                              str(runs["early"])])
     jobs, used = ablate.open_jobs(args), set()
     tried = ablate.fixes_at_every_value(jobs)
     assert {row.group for row in tried} == {*ablate.FIXES}
@@ -363,7 +393,7 @@ def test_every_row_fits_its_model_and_every_figure_a_screen(runs):
 
 def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, quick_judge,
                                                                          tmp_path):
-    s = study(runs, tmp_path, "--guide", runs["bare"])
+    s = study(runs, tmp_path, "--guide", runs["early"])
     plain_args = s.args
 
     def key(row, seed=0, **changes):
@@ -382,7 +412,8 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, q
               key(fix("epsilon_scaling", 1.1)), key(fix("epsilon_scaling", 1.2)),
               key(fix("guidance_interval", 1.1)), key(fix("autoguidance", 1.1)),
               key(with_(order_of=sample.raster_order)),
-              key(with_(lam=0.1)), key(with_(lam=0.1, inverse_of=rivals.whole_trajectory))]
+              *(key(with_(lam=0.1, inverse_of=x)) for x in (rivals.one_evaluation,
+                                                             rivals.whole_trajectory))]
     guided, s.guide = key(fix("autoguidance", 1.1)), "another"
     others.append(key(fix("autoguidance", 1.1)))
     s.tune = True
@@ -511,10 +542,9 @@ def test_coupled_rows_see_as_many_images_of_a_class_at_once_as_they_say(runs, qu
 
 
 def test_a_row_that_cannot_run_is_named_and_the_others_go_on(runs, quick_judge, tmp_path, capsys):
-    more = ("--seeds", 1, "--only", "literal", "coupled, 20 at", "parts: mean")
-    ablate.main(argv({"ar": runs["bare"]}, tmp_path, *more, question="parts images"))
+    more = ("--seeds", 1, "--only", "coupled, 20 at", "parts: mean")
+    ablate.main(argv(runs, tmp_path, *more, question="parts images"))
     err = capsys.readouterr().err
-    assert "literal Algorithm 1 is left out: lam > 0 needs T^-1" in err
     assert "coupled, 20 at once is left out: 2 images of a class are drawn; raise --n" in err
     assert [r["name"] for r in table_of(tmp_path / "parts.csv")[1:]] == ["mean", "meanvar"]
 

@@ -1000,7 +1000,7 @@ def test_dry_run_of_imagenet_needs_neither_data_nor_vae(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("name", TINY)
 def test_512_pixels_with_1024_tokens_train_and_sample(name):
     torch.manual_seed(0)
-    m = build(preset(name, grid=32, n_embd=32, n_head=2, n_layer=1, inverse=False, num_classes=10,
+    m = build(preset(name, grid=32, n_embd=32, n_head=2, n_layer=1, num_classes=10,
                      **({} if name == "cdm-tiny" else {"head_depth": 1})))
     x, y = torch.randn(2, 1024, 16, generator=gen()), torch.tensor([0, 1])
     loss = m.loss(x, y, m.draw(2, gen())).sum()
@@ -1021,7 +1021,10 @@ def test_the_memory_rule_is_what_the_refiner_of_a_class_holds(name, rank):
     real = lambda k, n: torch.randn(n, 9, 4, generator=gen(k)).clamp(-1, 1)
     refinement = sample.Refinement(m, real, dict(cfg_scale=1.0, solver="dpm++", steps=2), m=30,
                                    n_cal=40, rank=rank)
-    assert refinement.of(4).nbytes() == plan.refinement_bytes(m.cfg, 30, 40, rank)[0]
+    refiner = refinement.refiner(4)
+    held = {z.untyped_storage().data_ptr(): z.nbytes                 # maps share their targets
+            for z in (refiner.targets, *files.tensors(refiner.state()))}
+    assert sum(held.values()) == plan.refinement_bytes(m.cfg, 30, 40, rank)[0]
 
 
 def thousand_classes(root, net):
@@ -1038,7 +1041,7 @@ def thousand_classes(root, net):
         {"made_for": made_for, "scale": 0.2325, "std": 1.0, "x0_bound": 5.0, "beyond": 0.0,
          "shards": [{"file": "00000.npy", "count": 3000}], "class_names": names}))
     torch.manual_seed(0)
-    m = build(preset("mar-tiny", token_dim=4, grid=2, n_layer=1, inverse=False))
+    m = build(preset("mar-tiny", token_dim=4, grid=2, n_layer=1))
     vae_file = saved(root / "kl16.ckpt", net.state_dict())
     return m, vae_file, load(None, vae_file, cache, "imagenet256", size=size)
 

@@ -180,7 +180,7 @@ class Counted(sample.Refinement):
         draw = sample.draw
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sample, "draw", lambda *a, **kw: self.add("draws") or draw(*a, **kw))
-            return self.of(k)(5, MODEL.conditions(*tokens(4))[:, 5])
+            return self.refiner(k)(5, MODEL.conditions(*tokens(4))[:, 5])
 
 
 @slack
@@ -201,7 +201,7 @@ def test_a_calibration_draws_two_images_a_reference_within_200_and_1000(referenc
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "draw", lambda model, y, *a, **kw: counts.append(len(y)))
         counts, how = [], {"solver": "ddim", "steps": 2}
-        sample.Refinement(MODEL, real, how, "gaussian").of(3)
+        sample.Refinement(MODEL, real, how, "gaussian").refiner(3)
     assert counts == [drawn]
 
 
@@ -254,21 +254,18 @@ def test_a_folder_that_cannot_be_written_or_would_hold_too_much_costs_the_keepin
     assert kept == ["axes.pt", "targets-3.pt"], "clouds of 40 x 16 in 16 places are more"
 
 
-def test_refined_batches_hold_whole_classes_or_equal_parts_and_share_what_fits():
+def test_refined_batches_hold_one_class_or_equal_parts_of_it():
     labels, every_one = torch.tensor([0] * 3 + [1] * 3 + [2] * 13 + [3] * 2), torch.arange(21)
 
-    def sizes(index, held=None):
-        refiner = type("Held", (), {"nbytes": lambda self: held})
-        refinement = held and type("Refinement", (), {"of": lambda self, k: refiner()})()
+    def sizes(index, refined):
+        refinement = type("Refinement", (), {"refiner": lambda self, k: k})() if refined else None
         parts = list(sample.batches(labels, index, 8, refinement))
         assert torch.cat([index[:0], *(p for p, _ in parts)]).sort().values.equal(index)
-        return [(len(part), sorted(refiners)) for part, refiners in parts]
+        return [(len(part), k) for part, k in parts]
 
-    assert sizes(every_one) == [(8, []), (8, []), (5, [])]
-    assert sizes(every_one, 1) == [(6, [0, 1]), (7, [2]), (8, [2, 3])]
-    alone = [(3, [0]), (3, [1]), (7, [2]), (6, [2]), (2, [3])]
-    assert sizes(every_one, sample.HELD + 1) == alone
-    assert sizes(every_one[:0], 1) == sizes(every_one[:0]) == []
+    assert sizes(every_one, False) == [(8, None), (8, None), (5, None)]
+    assert sizes(every_one, True) == [(3, 0), (3, 1), (7, 2), (6, 2), (2, 3)]
+    assert sizes(every_one[:0], True) == sizes(every_one[:0], False) == []
 
 
 @slack
@@ -574,7 +571,7 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--set lerning=1", "no such setting"), ("--set ema_deca=1", "did you mean ema_decay"),
     ("--set clip=-1", "clip=-1.0 is out of range: 0 to"), ("--set ema_decay=nan", "out of range"),
     ("--set eval_images=0", "out of range: 1 to"), ("--set class_dropout=2", "at most 1"),
-    ("--set dropout=much", "expected dropout=<float>"), ("--set inverse=2", "0 or 1"),
+    ("--set dropout=much", "expected dropout=<float>"), ("--set rope=2", "0 or 1"),
     ("--set optimizer=sgd", "choose muon or adamw"), ("--set objective=flow", "choose one of eps"),
     ("--set grid=2", "grid=2 would change nothing: it follows from --dataset"),
     ("--set rope=1", "rope=True would change nothing: a model of kind ar"),
@@ -588,10 +585,10 @@ def test_bad_input_to_train_is_one_line_and_exit_code_2(argv, words, tmp_path):
 
 
 def test_a_checkpoint_with_a_field_too_many_and_one_too_few_loads_as_it_was(run, tmp_path):
-    def older(state):
-        state["config"]["buffer"] = 64
+    def older(state):                                # such as T^-1 beside the model
+        state["config"]["inverse"] = True
         del state["config"]["objective"]
-        state["model"]["buffer.store"] = state["ema"]["buffer.store"] = torch.zeros(3)
+        state["model"]["inverse.net"] = state["ema"]["inverse.net"] = torch.zeros(3)
     old, new = (models.load_model(p)[0] for p in (changed(run, tmp_path / "c.pt", older), run))
     assert old.cfg == new.cfg and old.diffloss.x0_bound == 1.0
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
@@ -781,19 +778,20 @@ REGISTERS = '''        shape = (2, 1, cfg.n_head, 4, d // cfg.n_head)    # four 
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=h.device)
         a = F.scaled_dot_product_attention(q, k, v, seen.tril(k.shape[2] - q.shape[2]))
 '''
-CURVE = '''        if not refiners:
+CURVE = '''        if not refiner:
             raise ValueError("a curve of divergences needs targets: add --refine default")
         from ot_refine import divergence, sq_cost
         import matplotlib.pyplot as plt
         curve = []
 
         def watch(i, c, refined):
-            for k, r in refiners.items() if i > 0 else ():
-                at, target = (y == k).to(device), r.targets[i]
-                reg = r.reg * sq_cost(target, target).mean()
-                curve.append([divergence(z[at].float() @ r.axes[i], target, reg, tol=1e-3).item()
+            if i > 0:
+                target, axes = refiner.targets[i], refiner.axes[i]
+                reg = refiner.reg * sq_cost(target, target).mean()
+                curve.append([divergence(z.float() @ axes, target, reg, tol=1e-3).item()
                               for z in (c, refined)])
-        x = decode(draw(model, y, part.tolist(), seed, refine, watch, **sampling, **given))
+        options["on_condition"] = watch
+        x = decode(draw(model, y, part.tolist(), seed, **options))
         plt.semilogy(curve)
         plt.savefig("divergence.png")
 '''
@@ -802,8 +800,7 @@ LINES = {
     "noise": "# ---------------------------------------------------------------- noise",
     "drop": "        self.drop = nn.Dropout(cfg.dropout)\n\n    def forward(self, h, cos",
     "attention": "        a = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)\n",
-    "draw": "        x = decode(draw(model, y, part.tolist(), seed, refine, **sampling, "
-            "**given))\n"}
+    "draw": "        x = decode(draw(model, y, part.tolist(), seed, **options))\n"}
 
 
 class Copy:

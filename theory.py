@@ -38,7 +38,8 @@ from diffloss import Schedule
 from evaluate import frechet_distance
 from model import KINDS
 from ot_refine import Sinkhorn, jko_step, sq_cost
-from sample import Refinement, by_class, class_order, ideal_conditions, tokens_of
+from rivals import InverseMap
+from sample import Refinement, class_order, ideal_conditions, raster_order, tokens_of
 
 SCHEDULE = Schedule()
 LEVELS = (50, 200, 400, 700)            # noise levels t at which scores are compared
@@ -263,9 +264,9 @@ class Subject:
         return {name: chain for name, chain in found.items() if chain is not None}
 
 
-def one_order(cfg, k, seed, device):
+def one_order(model, k, seed=0):
     """One random order for all classes, so that a place is a position: see sample.class_order."""
-    return class_order(cfg, 0, seed, device)
+    return class_order(model, 0, seed)
 
 
 def real_chain(model, tokens, classes, m, order):
@@ -275,8 +276,7 @@ def real_chain(model, tokens, classes, m, order):
     if m < 2:
         raise ValueError(f"a class has {m} real images; at least 2 of each class and split are "
                          "needed")
-    given = order if model.cfg.kind == "mar" else None
-    c = [ideal_conditions(model, z[:m], k, given).cpu() for k, z in zip(classes, x)]  # (N, m, C)
+    c = [ideal_conditions(model, z[:m], k, order).cpu() for k, z in zip(classes, x)]  # (N, m, C)
     return by_patch(model, torch.cat([z[:m] for z in x]), torch.cat(c, 1), order, len(classes))
 
 
@@ -304,7 +304,8 @@ def drawn(model, classes, n, sampling, order, seed, refiners=None):
         path.append(x0)
 
     given = {"order": order.expand(len(y), -1)} if kind == "mar" else {}
-    refine = refiners and by_class(refiners, y, order.device)
+    refine = refiners and (lambda i, c, y: torch.cat(
+        [refiners[k](i, part) for k, part in zip(classes, c.split(n))]))
     x = sample.draw(model, y, range(len(y)), seed, refine, watch, callback=follow, **sampling,
                     **given)
     path, steps = torch.stack(path).float().cpu(), len(set(ts))
@@ -328,8 +329,7 @@ def observe(kind, args):
     if len(classes) < 2:
         raise ValueError(f"--{kind}: the model knows one class; at least 2 are needed, as "
                          "intervals are taken over classes")
-    order = one_order(cfg, 0, 0, job.device)
-    order = torch.arange(cfg.n_tokens, device=job.device) if order is None else order
+    order = raster_order(model, 0) if kind == "cdm" else one_order(model, 0)
     sampling, seen = {"steps": args.steps}, tokens_of(job.dataset(), "train")
     real = [real_chain(model, tokens, classes, args.m, order)
             for tokens in (seen, tokens_of(job.dataset(), "heldout"))]
@@ -338,7 +338,7 @@ def observe(kind, args):
     if kind != "cdm":
         refinement = Refinement(model, seen, sampling, m=args.m, n_cal=args.n_cal,
                                 order_of=one_order)
-        refiners = {k: refinement.of(k) for k in classes}
+        refiners = {k: refinement.refiner(k) for k in classes}
         s.refined = drawn(model, classes, args.n, sampling, order, args.seed, refiners)
     print(f"{kind:12} {time.time() - began:5.1f} s  {job.path}, step {job.state['step']}: "
           f"{len(classes)} classes x {args.n} images", flush=True)
@@ -584,15 +584,13 @@ def lemma6(subjects):
                                   ("propagated", i[1:], carried, "C1--")])
     e.judge("toy", worst < 1e-10, recurs_plain=carried[-1] / total[-1])
     for kind, s in chained(subjects):
-        if not s.model.cfg.inverse:
-            print(f"lemma6       {kind} left out: it was trained without T^-1")
-            continue
+        (x, c), order = s.targets.flat(), s.order.cpu()
+        revealed = InverseMap.fit(x.flatten(0, 1), order.repeat(len(x)), c.flatten(0, 1))
         curves, found = [], {}
         for name, chain in s.chains().items():
             x, c = chain.flat()
-            with torch.no_grad():
-                a = s.model.inverse(x.to(s.order.device), s.order.expand(len(x), -1)).cpu()
-            v = (c - a).square().sum(-1).double().numpy()[:, 1:]         # c_0 is the class alone
+            v = (c - revealed(x, order.expand(len(x), -1))).square().sum(-1).double().numpy()
+            v = v[:, 1:]                                                 # c_0 is the class alone
             # regression of the next step's energy on this one's: covariances / variances
             pairs = np.stack([v[:, :-1], v[:, 1:], v[:, :-1] ** 2, v[:, :-1] * v[:, 1:]], 1)
             found[f"recurs_{name}"] = bootstrap(pairs, lambda m: (

@@ -10,7 +10,8 @@ a resumed run equals an uninterrupted one, bitwise on a CPU (a GPU adds in any o
 processes equal one (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
-from command import Parser, closest, join, number, on_signal, run        # first: it answers signals
+# first: it answers signals
+from command import Parser, closest, join, number, on_signal, pick_device, run, set_threads
 
 import copy
 import functools
@@ -36,7 +37,7 @@ import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
 from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
                    write_png, write_records)
-from model import GUIDANCE, PRESETS, Config, build, pick_device, preset, set_threads
+from model import GUIDANCE, PRESETS, Config, build, preset
 from sample import draw
 
 # Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
@@ -170,7 +171,7 @@ def make_optimizers(model, args):
     for n, p in model.named_parameters():
         if muon and p.dim() == 2 and "blocks." in n:
             matrices.append(p)
-        elif p.dim() < 2 or n.startswith(("diffloss.", "inverse.")) or "embed_learned" in n:
+        elif p.dim() < 2 or n.startswith("diffloss.") or "embed_learned" in n:
             plain.append(p)
         else:
             decayed.append(p)
@@ -244,8 +245,8 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
         with amp(device), nullcontext() if last or world.size == 1 else ddp.no_sync():
             given = {name: z[j] for name, z in draws.items()}
             loss = ddp(x, y, given) / args.accumulate
-            loss.sum().backward()
-        total = total + loss[0].detach()
+            loss.backward()
+        total = total + loss.detach()
 
     if args.settings["clip"]:
         nn.utils.clip_grad_norm_(model.parameters(), args.settings["clip"])
@@ -275,7 +276,7 @@ def heldout_loss(ema, dataset, args, device, batch=128):
         x, y = dataset.heldout.batch(torch.arange(k, min(k + batch, n)))
         x, draws = patchify(x, dataset.patch).to(device), ema.draw(len(y), generator(device, k))
         with amp(device):
-            total += ema.loss(x, y.to(device), draws)[0].item() * len(y)
+            total += ema.loss(x, y.to(device), draws).item() * len(y)
     return total / n
 
 
@@ -284,29 +285,6 @@ def checkpoint_blocks(model):
     for module in model.modules():
         for block in module if isinstance(module, nn.ModuleList) else ():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def compiled(ddp):
-    """ddp by torch.compile, or itself, after one line, where that fails (no Triton, no compiler).
-
-    DDP is inside, so that the model is cut at its buckets and the gradients of one are summed while
-    those of the next are computed. ar is compiled once, mar for none, one and many known patches.
-    """
-    ways = [torch.compile(ddp), ddp]
-
-    def call(*args):
-        try:
-            return ways[0](*args)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
-            if len(ways) == 1:
-                raise
-            print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
-            del ways[0]
-            return ddp(*args)
-    call.no_sync = getattr(ddp, "no_sync", nullcontext)
-    return call
 
 
 # ---------------------------------------------------------------- runs
@@ -454,9 +432,12 @@ def train(model, dataset, args, world):
     first, records = begin(path, parts, dataset, args, world)
     own = [world.device.index] if world.device.type == "cuda" else None
     ddp = DDP(model, own, gradient_as_bucket_view=True) if world.size > 1 else model
-    ddp = compiled(ddp) if args.compile else ddp
+    if args.compile:
+        import fast
+        ddp = fast.compiled(ddp)
 
-    losses, look, began, stopping = deque(maxlen=20), first, (first, time.perf_counter()), 0
+    losses, read_at, stopping = deque(maxlen=20), first, 0
+    since, since_step = time.perf_counter(), first
     with on_signal(stop.append), tqdm(                   # finish the step, save, exit 0
             range(first, args.steps), initial=first, total=args.steps, desc="training",
             unit="step", disable=None if chief else True, dynamic_ncols=True) as bar:
@@ -466,14 +447,14 @@ def train(model, dataset, args, world):
             due = done == args.steps or done % args.eval_every == 0
             # to read the loss waits for a GPU: once a second, where many processes agree to stop,
             # too; one alone meets a signal at once
-            if not due and done < look and not (stop and world.size == 1):
+            if not due and done < read_at and not (stop and world.size == 1):
                 continue
 
-            seconds = max(time.perf_counter() - began[1], 1e-6) / (done - began[0])   # of a step
+            seconds = max(time.perf_counter() - since, 1e-6) / (done - since_step)    # of a step
             loss, stopping, seconds = world.mean(torch.stack([*losses]).mean(), len(stop), seconds)
             if not math.isfinite(loss):
                 raise SystemExit(diverged(f"the loss is {loss}", done, path, args) if chief else 1)
-            look, rate = done + max(1, int(1 / seconds)), args.global_batch / seconds
+            read_at, rate = done + max(1, int(1 / seconds)), args.global_batch / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             if chief and (due or stopping):
                 held = heldout_loss(ema, dataset, args, world.device)
@@ -483,7 +464,7 @@ def train(model, dataset, args, world):
                 bar.write(f"step {done}: loss {loss:.4f}, held out {held:.4f}, {rate:.0f} images/s")
             if stopping:
                 break
-            began = done, time.perf_counter()
+            since, since_step = time.perf_counter(), done
             if due:
                 losses.clear()
 
