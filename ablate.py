@@ -264,7 +264,7 @@ def open_jobs(args):
         rival = job.state.get("args", {}).get("rival")
         job.about = (f"{job.state['step']} steps, {job.model.num_params / 1e6:.2f}M"
                      + f", trained with {rival}" * bool(rival))
-        job.model.diffloss.check(args.solver, args.steps)
+        job.model.diffloss.solver(args.solver).timesteps(args.steps)         # are they possible?
         job.model.weak = [open_job("ar", args, args.guide).model] if args.guide else [None]
     if not jobs:
         raise ValueError("which models? give --ar RUN, --mar RUN or --cdm RUN")

@@ -276,7 +276,7 @@ def discretised_nll(x, mean, log_var):
 
 
 class DiffLoss(nn.Module):
-    """A denoiser and its objective: the loss, the score, the estimate of x0, one guided draw.
+    """A denoiser and its objective: the loss, the score, one guided draw.
 
     net(x_t, t, c) -> (eps, v), and net.along(ts, c), the same along a trajectory: any module of
     that form will do, the MLP, or a transformer (CDM).
@@ -321,12 +321,6 @@ class DiffLoss(nn.Module):
         """grad log p_t(x_t | c) (..., D) = -eps_theta / sigma_t."""
         return -self.net(x_t, t, c)[0].float() / self.sigma[t][..., None]
 
-    def x0_hat(self, x_t, t, c):
-        """E[x0 | x_t, c] (..., D) as the denoiser sees it, within the bound."""
-        eps = self.net(x_t, t, c)[0].float()
-        return self.bounded(self.x0_from_xt[t][..., None] * x_t
-                            - self.x0_from_eps[t][..., None] * eps)
-
     def bounded(self, x0):
         return x0 if self.x0_bound is None else x0.clamp(-self.x0_bound, self.x0_bound)
 
@@ -349,15 +343,12 @@ class DiffLoss(nn.Module):
 
         return denoise
 
-    def check(self, solver, steps):
-        """ValueError for a solver that does not fit the objective, or impossible `steps`."""
-        if solver not in (None, *self.samplers):
-            raise ValueError(f"--solver {solver} does not fit a head trained for "
-                             f"{self.objective!r}; choose one of {', '.join(self.samplers)}")
-        self.solver(solver).timesteps(steps)
-
     def solver(self, name=None):
-        """The Solver of a name, by default the first that fits the objective."""
+        """The Solver of a name, by default the first; ValueError if it does not fit the objective.
+        """
+        if name not in (None, *self.samplers):
+            raise ValueError(f"--solver {name} does not fit a head trained for "
+                             f"{self.objective!r}; choose one of {', '.join(self.samplers)}")
         return self.samplers[name or next(iter(self.samplers))]
 
     def n_noise(self, solver=None, steps=25, **options):

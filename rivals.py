@@ -143,6 +143,12 @@ def inverse_map(refinement, images=2000):
     return InverseMap.fit(*map(torch.cat, zip(*rows)))
 
 
+def x0_hat(head, x_t, t, c):
+    """E[x0 | x_t, c] (..., D) as a head sees it, within its bound, at steps t (...)."""
+    eps, at = head.net(x_t, t, c)[0].float(), lambda table: table[t][..., None]
+    return head.bounded(at(head.x0_from_xt) * x_t - at(head.x0_from_eps) * eps)
+
+
 def inverse_by(x_hat):
     """(refinement, k) -> inverse(i, c): T^-1 of x_hat(head, z, c), the patches that conditions c
     (n, C) lead to from one fixed noise z (n, D) a place."""
@@ -160,7 +166,7 @@ def inverse_by(x_hat):
 def one_evaluation(head, z, c):
     """CHOICE(x_hat): one evaluation, at t = 900: nearly E[x | c], but the head's error is magnified
     6 times and not 20,000 times as at t = 999. Alternative: whole_trajectory, the literal text."""
-    return head.x0_hat(z, torch.full(c.shape[:1], 900, device=c.device), c)
+    return x0_hat(head, z, torch.full(c.shape[:1], 900, device=c.device), c)
 
 
 @inverse_by
@@ -319,7 +325,7 @@ class OwnDraws(ContextNoise):
     def context(self, x, y, draws):
         t = (draws["level"][..., 0] * 1000).long().expand(x.shape[:2])
         x_t = self.diffloss.noised(x, t, draws["noise"])
-        return self.diffloss.x0_hat(x_t, t, self.conditions(x, y))
+        return x0_hat(self.diffloss, x_t, t, self.conditions(x, y))
 
 
 TRAININGS = {"noise": ContextNoise, "own": OwnDraws}

@@ -363,7 +363,7 @@ def setup(args):
 def sampling_flags(args, model):
     """The options of `generate`, as far as they have an effect on this model."""
     cfg = model.cfg
-    model.diffloss.check(args.solver, args.steps)
+    model.diffloss.solver(args.solver).timesteps(args.steps)              # are they possible?
     sampling = {"solver": args.solver, "steps": args.steps, "temperature": args.temperature,
                 "cfg_scale": args.cfg_scale}
     if args.cfg_scale != 1 and cfg.class_dropout == 0:

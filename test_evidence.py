@@ -147,10 +147,11 @@ def test_a_is_t_inverse_of_one_evaluation_or_of_a_whole_ddim_trajectory(name, mo
     position = torch.full((7,), int(sample.class_order(model, 3, 5)[2]))
     head = model.diffloss
     with torch.no_grad():
-        one = head.x0_hat(z, torch.full((7,), 900), c)
+        one = head.denoiser([900], c)(z, 900)[0]
         whole = head.sample(c, None, 1.0, z[None], solver="ddim", steps=25)
         for inverse_of, x in ((rivals.one_evaluation, one), (rivals.whole_trajectory, whole)):
-            assert torch.equal(inverse_of(refinement, 3)(2, c), T(x, position))
+            # fp32, where x0 is bounded
+            assert torch.allclose(inverse_of(refinement, 3)(2, c), T(x, position), atol=1e-4)
     assert not torch.allclose(one, whole, atol=0.1)
 
 
@@ -270,7 +271,8 @@ def test_a_rival_trains_on_a_spoilt_context_and_clean_targets_and_is_judged_as_a
     draws = model.draw(6, torch.Generator().manual_seed(0))
     want = plain.loss(x, y, draws)
     assert torch.equal(model.eval().loss(x, y, draws), want)
-    c = plain.conditions(model.context(x, y, draws), model.with_null(y, draws["drop"]))
+    y = model.with_null(y, draws["drop"])
+    c = plain.conditions(model.context(x, y, draws), y)
     clean = plain.head_loss(x, c, draws)
     assert torch.equal(model.train().loss(x, y, draws), clean)
     assert not torch.allclose(clean, want, rtol=1e-6)
@@ -384,7 +386,7 @@ def test_every_row_fits_its_model_and_every_figure_a_screen(runs):
         assert len([r for r in rows if r.x is None]) <= 16
         for row in (ablate.complete(r, args) for r in rows):
             model, how = jobs[row.model].model, row.sampling
-            model.diffloss.check(how["solver"], how["steps"])
+            model.diffloss.solver(how["solver"]).timesteps(how["steps"])
             if row.refine is not None:       # raises ValueError where they do not fit
                 sample.Refinement(model, real_tokens, how, **row.refine)
                 used.add(row.refine["method"])
