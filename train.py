@@ -287,6 +287,19 @@ def checkpoint_blocks(model):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def parallel(model, args, world):
+    """What computes the loss, as the flags say: the model itself, in DDP, compiled."""
+    if args.checkpoint_blocks:
+        checkpoint_blocks(model)
+    if world.size > 1:
+        own = [world.device.index] if world.device.type == "cuda" else None
+        model = DDP(model, own, gradient_as_bucket_view=True)
+    if args.compile:
+        import fast
+        model = fast.compiled(model)
+    return model
+
+
 # ---------------------------------------------------------------- runs
 
 def settings_of(args):
@@ -423,21 +436,14 @@ def train(model, dataset, args, world):
     model.diffloss.x0_bound = dataset.x0_bound
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = make_optimizers(model, args)
-    if args.checkpoint_blocks:
-        checkpoint_blocks(model)
-
     chief, parts, stop = world.rank == 0, (model, ema, optimizers), []
     out = Path(args.out_dir)
     path = next((out / name for name in NAMES if (out / name).exists()), out / "ckpt.pt")
     first, records = begin(path, parts, dataset, args, world)
-    own = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DDP(model, own, gradient_as_bucket_view=True) if world.size > 1 else model
-    if args.compile:
-        import fast
-        ddp = fast.compiled(ddp)
+    ddp = parallel(model, args, world)
 
-    losses, read_at, stopping = deque(maxlen=20), first, 0
-    since, since_step = time.perf_counter(), first
+    losses, next_read, stopping = deque(maxlen=20), first, 0
+    last_step, last_time = first, time.perf_counter()                        # of the last reading
     with on_signal(stop.append), tqdm(                   # finish the step, save, exit 0
             range(first, args.steps), initial=first, total=args.steps, desc="training",
             unit="step", disable=None if chief else True, dynamic_ncols=True) as bar:
@@ -447,14 +453,14 @@ def train(model, dataset, args, world):
             due = done == args.steps or done % args.eval_every == 0
             # to read the loss waits for a GPU: once a second, where many processes agree to stop,
             # too; one alone meets a signal at once
-            if not due and done < read_at and not (stop and world.size == 1):
+            if not due and done < next_read and not (stop and world.size == 1):
                 continue
 
-            seconds = max(time.perf_counter() - since, 1e-6) / (done - since_step)    # of a step
+            seconds = max(time.perf_counter() - last_time, 1e-6) / (done - last_step)  # of a step
             loss, stopping, seconds = world.mean(torch.stack([*losses]).mean(), len(stop), seconds)
             if not math.isfinite(loss):
                 raise SystemExit(diverged(f"the loss is {loss}", done, path, args) if chief else 1)
-            read_at, rate = done + max(1, int(1 / seconds)), args.global_batch / seconds
+            next_read, rate = done + max(1, int(1 / seconds)), args.global_batch / seconds
             bar.set_postfix_str(f"loss {loss:.4f}, {rate:.0f} images/s")
             if chief and (due or stopping):
                 held = heldout_loss(ema, dataset, args, world.device)
@@ -464,7 +470,7 @@ def train(model, dataset, args, world):
                 bar.write(f"step {done}: loss {loss:.4f}, held out {held:.4f}, {rate:.0f} images/s")
             if stopping:
                 break
-            since, since_step = time.perf_counter(), done
+            last_step, last_time = done, time.perf_counter()
             if due:
                 losses.clear()
 
