@@ -1022,7 +1022,7 @@ def test_the_memory_rule_is_what_the_refiner_of_a_class_holds(name, rank):
     refinement = sample.Refinement(m, real, dict(cfg_scale=1.0, solver="dpm++", steps=2), m=30,
                                    n_cal=40, rank=rank)
     refiner = refinement.refiner(4)
-    held = {z.untyped_storage().data_ptr(): z.nbytes                 # maps share their targets
+    held = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes()     # maps share targets
             for z in (refiner.targets, *files.tensors(refiner.state()))}
     assert sum(held.values()) == plan.refinement_bytes(m.cfg, 30, 40, rank)[0]
 
