@@ -10,8 +10,7 @@
 Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
 that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
 """
-# first: it answers signals
-from command import Parser, join, number, pick_device, run, set_threads
+from command import Parser, join, number, pick_device, run, set_threads  # first: answers signals
 
 import functools
 import os
@@ -45,9 +44,8 @@ LARGE = 5e7             # parameters from which on a CPU may gain by bf16
 def draw(model, y, index, seed, refine=None, on_condition=None, **options):
     """Tokens (B, N, D) of the images `index` (B ints) of a seed, of classes y (B,); refine,
     on_condition and options (guidance, solver, steps ...) are those of the model's `generate`."""
-    noise, device = ImageNoise(seed, index, model.device), model.device
-    return fast_copy(model).generate(y.to(device), noise, refine=refine, on_condition=on_condition,
-                                     **options)
+    noise, y = ImageNoise(seed, index, model.device), y.to(model.device)
+    return fast_copy(model).generate(y, noise, refine=refine, on_condition=on_condition, **options)
 
 
 def fast_copy(model):
