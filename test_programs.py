@@ -895,7 +895,7 @@ def test_change_a_map_by_pot_or_sliced(name, snippet, copied, own_run):
 @slack
 def test_change_the_ideal_distribution(copied, own_run):
     done(sample, "--ckpt", own_run, *REFINE, "default")
-    copied.add("sample.py", "    device = next(model.parameters()).device\n    y, parts", TARGET)
+    copied.add("sample.py", "    y = torch.full((len(x),), k, device=model.device)\n", TARGET)
     text = done(copied.sample, "--ckpt", own_run, *REFINE, "default")
     assert "made for another code" in text, "targets that were kept are not used"
 
