@@ -34,7 +34,7 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std
-from files import read_lines, write_png, write_text
+from files import add_line, output_folder, read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
                     one_evaluation, shared, shuffled, tuning, whole_trajectory)
@@ -276,7 +276,10 @@ def open_job(kind, args, path=None):
     """The job of a checkpoint; ValueError if it is of another kind."""
     flags = {"ckpt": path or getattr(args, kind), "device": args.device, "data_dir": args.data_dir,
              "vae": args.vae}
-    job = sample.setup(sample.parse_args([f"--{k}={v}" for k, v in flags.items() if v]))
+    how = sample.parse_args([f"--{k}={v}" for k, v in flags.items() if v])
+    job = sample.setup(how)
+    job.dataset()
+    how.check_used()
     if job.model.cfg.kind != kind:
         raise ValueError(f"--{kind} {flags['ckpt']} holds a model of kind {job.model.cfg.kind}; "
                          f"give it as --{job.model.cfg.kind}")
@@ -313,8 +316,8 @@ class Study:
     def __init__(self, args, jobs, tune=False):
         self.args, self.jobs, self.tune, first = args, jobs, tune, next(iter(jobs.values()))
         self.data = tuning(first.dataset()) if tune else first.dataset()
-        self.device, self.out, self.last = first.device, Path(args.out_dir), (None, None, 0.0)
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.device, self.last = first.device, (None, None, 0.0)
+        self.out = output_folder(args.out_dir)
         # a CPU's own seconds: other programs' do not count
         self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
         real = evaluate.real_images(self.data, self.device)
@@ -355,8 +358,7 @@ class Study:
                     line = {"key": key, "seed": todo[key], "group": row.group, "name": row.name,
                             "tune": self.tune, "n": self.args.n, "code": self.code,
                             "values": values}
-                    with open(self.out / "rows.jsonl", "a") as f:
-                        f.write(json.dumps(line) + "\n")
+                    add_line(self.out / "rows.jsonl", line)
             except ValueError as error:                 # too few images for it: the others go on
                 print(f"warning: {row.group}: {row.name} is left out: {error}", file=sys.stderr)
                 continue

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -77,8 +78,11 @@ def closest(word, known, otherwise=None):
     return f"did you mean {close[0]}?" if close else all_of_them
 
 
-def number(kind, low, high=float("inf")):
-    """An argparse type: a finite number between low and high, both allowed."""
+def number(kind, low, high=None):
+    """An argparse type: a finite number between low and high, both allowed; a whole one without a
+    high end is at most 2^31 - 1."""
+    high = high or (2 ** 31 - 1 if kind is int else float("inf"))
+
     def parse(text):
         try:
             value = kind(text)
@@ -92,6 +96,7 @@ def number(kind, low, high=float("inf")):
 
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PATIENCE = 10           # seconds
 
 
 @contextlib.contextmanager
@@ -109,6 +114,10 @@ def on_signal(act):
 
 
 def interrupt(name):
+    """End by KeyboardInterrupt; where a library swallows it, PATIENCE seconds later without."""
+    late = threading.Timer(PATIENCE, leave, [signal.Signals[name], None])
+    late.daemon = True
+    late.start()
     raise KeyboardInterrupt(name)
 
 
@@ -138,12 +147,14 @@ def pick_device(name):
     try:
         device = torch.device(name)
         if device.type == "cuda":
+            if not torch.cuda.is_available():
+                raise RuntimeError("this torch sees no CUDA GPU")
             index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(0, device=device).cpu()              # "meta" holds no numbers
-    except (RuntimeError, AssertionError) as error:
-        why = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, AttributeError, ImportError) as error:
+        why = str(error).splitlines()[0][:150]
         raise ValueError(f"--device {name} cannot be used: {why}") from None
     return device
 
@@ -180,8 +191,8 @@ def lasting(stream):
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True)
 
 
-LESS = ("train.py: raise --accumulate, or add --checkpoint_blocks; sample.py, evaluate.py: lower "
-        "--batch_size, or --m with --refine")
+LESS = ("train.py: raise --accumulate, add --checkpoint_blocks, or lower --global_batch; "
+        "sample.py, evaluate.py: lower --batch_size or --n, --m or --K with --refine")
 # words in errors that have no class of their own
 MEMORY = "allocate memory|(out of|not enough) memory|(size calculation|multiplication) overflow"
 GONE = "gloo|nccl|store|socket|connect|timed out"
@@ -190,6 +201,8 @@ GONE = "gloo|nccl|store|socket|connect|timed out"
 def meaning(error):
     """The line for an error that is not the program's own; None: it is a bug."""
     line, many = " ".join(str(error).split()), int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return line
     if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
@@ -227,6 +240,10 @@ def run(main):
 
 program = getattr(sys.modules["__main__"], "__file__", None)
 if program and Path(program).resolve().parent == Path(__file__).resolve().parent:
-    for ending in ENDING:                                # not those of a program that imports ours
+    # not in a program that imports ours
+    for name in ("stdout", "stderr"):                    # closed, as a daemon's are
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+    for ending in ENDING:
         if signal.getsignal(ending) != signal.SIG_IGN:
             signal.signal(ending, leave)

@@ -223,8 +223,11 @@ def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
             opt.step()
             schedule.step()
     torch.set_num_threads(threads)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, lambda f: torch.save(net.state_dict(), f))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda f: torch.save(net.state_dict(), f))
+    except (OSError, ValueError) as error:
+        print(f"{error}: the classifier is not kept")
     return net.eval().requires_grad_(False)
 
 
@@ -382,6 +385,8 @@ def from_checkpoint(args, drawing, device):
     ours = {k: getattr(args, k) for k in ("ckpt", "device", "vae", "data_dir")}
     how = sample.parse_args([*(f"--{k}={v}" for k, v in ours.items() if v), *drawing])
     job, seeds = sample.setup(how), args.seeds
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, seeds))}: give each once")
     dataset = job.dataset()
     K = len(dataset.class_names)
     labels = torch.arange(-(-args.n // K) * K) % K

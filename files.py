@@ -74,6 +74,15 @@ def write_png(path, picture):
     write(path, lambda f: picture.save(f, "png", optimize=True))
 
 
+def add_line(path, record):
+    """Add a JSON line to a file; OSError with its name where the disk is full."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def check_output(flag, path, suffixes=(), overwrite=True):
     """The Path of a file that is to be written at the end; ValueError now if it cannot be."""
     path = Path(path)
@@ -83,16 +92,34 @@ def check_output(flag, path, suffixes=(), overwrite=True):
         raise ValueError(f"{flag} {path} is a folder; expected a file in it")
     if path.exists() and not overwrite:
         raise ValueError(f"{path} exists; choose another {flag} or add --overwrite")
-    beside = Path(f"{path.resolve()}.{platform.node()}-{os.getpid()}.tmp")
     try:
-        beside.write_bytes(b"can it be written to?")
+        try_to_write(path)
     except OSError as error:
         raise ValueError(f"{flag} {path}: expected a file in a folder that can be written to "
                          f"({error.strerror})") from None
+    return path
+
+
+def output_folder(path):
+    """The Path of --out_dir, made if need be; ValueError if nothing can be written there."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        try_to_write(path / "file")
+    except OSError as error:
+        raise ValueError(f"--out_dir {path} cannot be written to ({error.strerror}); choose "
+                         "another folder") from None
+    return path
+
+
+def try_to_write(path):
+    """Write a file beside `path` and remove it; OSError if that cannot be."""
+    beside = Path(f"{path.resolve()}.{platform.node()}-{os.getpid()}.tmp")
+    try:
+        beside.write_bytes(b"can it be written to?")
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
-    return path
 
 
 # ---------------------------------------------------------------- reading
@@ -383,8 +410,8 @@ def read_kept(path, made_for, device):
 
 
 def shapes(value):
-    """[(name, shape)] of its tensors: a foreign value has others."""
-    return [(name, tuple(z.shape)) for name, z in named_tensors(value)]
+    """[(name, type, shape)] of its tensors: a foreign value has others."""
+    return [(name, str(z.dtype), tuple(z.shape)) for name, z in named_tensors(value)]
 
 
 # ---------------------------------------------------------------- checkpoints, the folder of a run
@@ -440,6 +467,8 @@ def read_checkpoint(path):
         facts = known["data"]
         check_fields(facts, FACTS | {k: v for k, v in MAYBE.items() if facts.get(k) is not None})
         check_fields(facts.get("vae") or {"scale": 1.0}, {"scale": float})
+        if not 0 < (facts.get("x0_bound") or 1.0) < 1e9:
+            raise ValueError(f"x0_bound = {facts['x0_bound']}")
     except ValueError as error:
         raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
     for part in ("model", "ema"):
@@ -460,6 +489,29 @@ def check_fits(cfg, facts, n_tensors):
                                  or cfg.token_dim != facts["channels"] * patch ** 2):
         raise ValueError(f"{cfg.grid} x {cfg.grid} tokens of {cfg.token_dim} for images of {size} "
                          f"pixels in patches of {patch}")
+
+
+def has_steps(path):
+    """Is there a checkpoint that would be lost if a run began at `path` anew?"""
+    if not path.exists():
+        return False
+    state = read_checkpoint(path)
+    return state["step"] != 0 or "records" not in state
+
+
+def check_run(state, path):
+    """ValueError unless a checkpoint's dict holds a run that can be resumed."""
+    if not {"optimizers", "records", "args"} <= set(state):
+        raise ValueError(f"{path} holds weights, but no run that could be resumed (no optimiser); "
+                         f"to fine-tune them: --init {path}, with another --out_dir")
+    try:
+        check_fields(state, {"optimizers": list, "records": list, "args": dict})
+        for record in state["records"]:
+            check_fields(record, {"step": int, "loss": float, "heldout_loss": float})
+        if state["step"] < 0:
+            raise ValueError(f"step = {state['step']}")
+    except ValueError as error:
+        raise ValueError(f"{path} holds no run that could be resumed: {error}") from None
 
 
 def save_run(path, state):
@@ -495,22 +547,19 @@ def check_space(path, need):
     take `need` bytes. The caller holds the lock of the folder: what killed trainers left goes."""
     path = path.resolve()
     sweep(path, alone=True)
-    need = (1.03 * need + 2 ** 17) * (1 if path.exists() else 2)             # names, pictures
+    need, what = 1.03 * need + 2 ** 17, "the next checkpoint"                # names, pictures
+    if not path.exists():
+        need, what = 2 * need, "a checkpoint and its successor"
     free = shutil.disk_usage(path.parent).free
     if free < need:
         raise ValueError(f"--out_dir {path.parent} has {free / 2**20:.1f} MiB free, but must have "
-                         f"{need / 2**20:.1f} MiB for a checkpoint and its successor")
+                         f"{need / 2**20:.1f} MiB for {what}")
 
 
 def lock(out):
     """An open file whose lock this process holds, so that no other trains in `out`; any death of
     the process releases it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a+b", buffering=0)
-    except OSError as error:
-        raise ValueError(f"--out_dir {out} cannot be written to ({error.strerror}); choose another "
-                         "folder") from None
+    file = open(output_folder(out) / ".lock", "a+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -8,7 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from files import find_checkpoint
+from files import find_checkpoint, has_steps
 from model import PRESETS, load_model, preset
 
 # fields of Config that decide how a model is trained, not what it is
@@ -20,10 +20,11 @@ class Start:
 
     def __init__(self, args):
         self.args, own = args, Path(args.out_dir) / "ckpt.pt"
-        self.path = find_checkpoint(own if own.exists() else args.init)
+        self.path = find_checkpoint(own if has_steps(own) else args.init)
         self.model, state = load_model(self.path)
         self.facts = state["data"]
-        self.scale = (self.facts.get("vae") or {}).get("scale")
+        self.latents = self.facts.get("vae")
+        self.scale = (self.latents or {}).get("scale")
         self.named = args.model if "model" in args._given else None
         args.model = self.named or f"the model of {args.init}"
 
@@ -42,14 +43,13 @@ class Start:
                                  f"architecture cannot change; leave out --model, --set {name}")
         ours = (cfg.grid, cfg.token_dim, self.facts["patch"])
         theirs = (dataset.grid, dataset.token_dim, dataset.patch)
-        if ours != theirs or bool(self.facts["vae"]) != bool(dataset.latents):
+        if ours != theirs or bool(self.latents) != bool(dataset.latents):
             words = [f"{grid} x {grid} tokens of {dim} values (patch {patch}) of "
                      + ("latents" if latents else "pixels") for (grid, dim, patch), latents in
-                     ((ours, self.facts["vae"]), (theirs, dataset.latents))]
+                     ((ours, self.latents), (theirs, dataset.latents))]
             raise ValueError(f"--init {self.path} models {words[0]}, the data are {words[1]}: give "
                              "--size, --patch and --vae as the file has them")
-        made = [(latents or {}).get("fingerprint") for latents in (self.facts["vae"],
-                                                                   dataset.latents)]
+        made = [(z or {}).get("fingerprint") for z in (self.latents, dataset.latents)]
         if all(made) and made[0] != made[1]:
             raise ValueError(f"--init {self.path} models the latents of the VAE {made[0][:16]}, "
                              f"the data are those of {made[1][:16]}: give the VAE of its training")

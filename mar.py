@@ -550,7 +550,9 @@ def main():
     p.add_argument("ckpt", help="the checkpoint, or the folder of its run")
     p.add_argument("file", help="the file to write, such as mar.pth; never overwritten")
     args = p.parse_args()
-    file = check_output("name", args.file, overwrite=False)
+    file = check_output("file", args.file)
+    if file.exists():
+        raise ValueError(f"{file} exists and is never overwritten; choose another name")
     export_mar(file, read_checkpoint(args.ckpt))
     print(f"{args.ckpt} -> {file}, in the layout of MAR's checkpoints")
 

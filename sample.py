@@ -189,6 +189,7 @@ class Refinement:
     def kept(self, name, depends, make):
         """make(), or what it gave before, from folder/name.pt if that was made for the same."""
         file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
+        depends = {**depends, "place or class": name}
         if file and file.exists():
             try:
                 return read_kept(file, depends, self.model.device)
@@ -405,6 +406,8 @@ def main():
     found = [find_class(word, names) for word in args.classes or ()] or range(len(names))
     ids = torch.tensor(list(dict.fromkeys(found)))       # each once
     n, seed = args.n or 10 * len(ids), args.seed
+    if args.classes and n < len(ids):
+        raise ValueError(f"--n {n}: {len(ids)} classes are asked for, at least one image each")
     args.check_used()
     if world > 1:                                        # ranks meet once, at the end of hours
         join("gloo", timedelta(days=30))

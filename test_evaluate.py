@@ -512,6 +512,7 @@ def test_refinement_is_a_flag_of_sample(trained, capsys, tmp_path):
     (["--ckpt", "RUN", "--ref", "r.npz"], "--ref would change nothing"),
     (["--ckpt", "RUN", "--num_iter", "4"], "--num_iter would change nothing"),
     (["--ckpt", "RUN", "--K", "3"], "--K would change nothing"),
+    (["--ckpt", "RUN", "--seeds", "0", "0"], "--seeds 0 0: give each once"),
     (["--ckpt", "RUN", "--out", "s.npz"], "--out would change nothing"),
     (["--ckpt", "RUN", "--classes", "3"], "--classes would change nothing"),
     (["--ckpt", "RUN", "--weights", "w.pth"], "--weights would change nothing"),

@@ -364,6 +364,7 @@ def test_two_processes_draw_the_file_of_one(refine, own_run, run, tmp_path):
     ("--refine magic", "invalid choice"), ("--cfg_scal 2", "did you mean --cfg_scale"),
     ("--out {tmp}/x.jpg", ".png or .npz"), ("--out {tmp}/no/x.png", "a folder that can"),
     ("--out {tmp}/text.png", "--overwrite"), ("--device abacus", "cannot be used"),
+    ("--classes 3 5 --n 1", "2 classes are asked for"),
     ("--vae {tmp}/text.pt", "model of pixels")])
 def test_bad_input_to_sample_is_one_line_and_exit_code_2(argv, words, run, tmp_path):
     whole = (run / "ckpt.pt").read_bytes()
@@ -562,6 +563,8 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--dataset folder", "needs --data_dir"), ("--dataset mnist", "needs --data_dir"),
     ("--size 20", "16 or 32"), ("--patch 3", "multiple of --patch"),
     ("--global_batch 10 --accumulate 4", "multiple of"), ("--device abacus", "cannot be used"),
+    ("--device hpu", "--device hpu cannot be used"),
+    ("--global_batch 99999999999", "out of range: 1 to 2147483647"),
     ("--out_dir {tmp}/file", "cannot be written to (File exists)"),
     ("--out_dir {tmp}/file/x", "cannot be written to (Not a directory); choose another"),
     ("--compile", "--compile would change nothing"), ("--vae x", "--vae would change nothing"),
@@ -592,6 +595,39 @@ def test_a_checkpoint_with_a_field_too_many_and_one_too_few_loads_as_it_was(run,
     old, new = (models.load_model(p)[0] for p in (changed(run, tmp_path / "c.pt", older), run))
     assert old.cfg == new.cfg and old.diffloss.x0_bound == 1.0
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_gpu_that_is_not_there_is_one_line(run):
+    refused("this torch sees no CUDA GPU", sample, "--ckpt", run, "--device", "cuda")
+
+
+def first_moment(state, change):
+    change(next(iter(state["optimizers"][0]["state"].values())))
+
+
+@every("change, words", [
+    (lambda s: s.update(records=[{"a": 1}]), "it lacks step, loss, heldout_loss"),
+    (lambda s: s.update(records=5), "records = 5 is no list"),
+    (lambda s: s.update(args=3), "args = 3 is no dict"), (lambda s: s.update(step=-5), "step = -5"),
+    (lambda s: s["optimizers"].pop(), "does not fit the run"),
+    (lambda s: first_moment(s, lambda z: z.update(exp_avg=torch.ones(2, 2))), "of other shapes"),
+    (lambda s: s["optimizers"][1]["state"].clear(), "moments of Muon are of other shapes"),
+    (lambda s: s["data"].update(x0_bound=1e300), "x0_bound = 1e")])
+def test_a_run_whose_contents_are_odd_is_refused_before_any_step(change, words, own_run):
+    path = changed(own_run, own_run / "ckpt.pt", change)
+    before = path.read_bytes()
+    refused(words, train, "--out_dir", own_run, *FAST, "--steps", 4, "--set", *SETTINGS)
+    assert path.read_bytes() == before
+
+
+def test_a_run_without_a_step_gives_way_to_another(tmp_path):
+    fit(tmp_path / "r", steps=0)
+    text = done(train, "--out_dir", tmp_path / "r", *FAST[2:], "--global_batch", 8, "--steps", 2,
+                "--set", *SETTINGS)
+    assert "step 2:" in text
+    refused("holds another run (global_batch 8 -> 16)", train, "--out_dir", tmp_path / "r", *FAST,
+            "--steps", 4, "--set", *SETTINGS)
 
 
 @every("change, words", [
@@ -631,6 +667,7 @@ def test_the_core_imports_no_outer_file_at_its_top_and_has_no_cycle():
 
 
 @every("argv, words", [("theory.py --claims theorem1 --n 9", "--n would change nothing"),
+                       ("theory.py --claims gap --cdm out", "--cdm would change nothing"),
                        ("ot_refine.py --n 9", "unrecognized arguments: --n 9")])
 def test_a_program_that_would_not_look_at_an_argument_does_nothing(argv, words, tmp_path):
     name, *rest = argv.split()

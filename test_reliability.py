@@ -316,6 +316,30 @@ def test_a_signal_while_the_libraries_are_imported_is_one_line(name, tmp_path):
     assert (p.returncode, said) == (128 + name, f"train.py: stopped by {name.name}\n")
 
 
+def test_a_signal_that_a_library_swallows_ends_a_program_all_the_same(tmp_path):
+    code = """import command, os, signal, time
+command.PATIENCE = 0.3
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        time.sleep(60)
+    except BaseException:
+        time.sleep(60)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+command.run(main)"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30,
+                           cwd=Path(train.__file__).parent)
+    assert ended.returncode == 128 + signal.SIGHUP and ended.stderr == "-c: stopped by SIGHUP\n"
+
+
+@every("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_program_whose_output_is_closed_works_on(closed, run, tmp_path):
+    argv = ["sample.py", "--ckpt", run, *DRAW, "--n", 2, "--out", tmp_path / "out.png"]
+    line = f"{sys.executable} {' '.join(map(str, argv))} {closed}"
+    ended = subprocess.run(line, shell=True, cwd=Path(train.__file__).parent, timeout=60)
+    assert ended.returncode == 0 and (tmp_path / "out.png").exists()
+
+
 def slow_steps(file, seconds=0.2):
     real = train.train_step
 
@@ -409,10 +433,10 @@ def test_processes_go_on_from_one_checkpoint_though_it_is_replaced_meanwhile(who
 @every("module, argv, words", [
     (train, "--device meta", "--device meta cannot be used"),
     (sample, "--device meta", "--device meta cannot be used"),
-    (train, "--global_batch 100000000000", "out of memory: "),
+    (train, "--set n_embd=1048576", "out of memory: "),
     (train, "--set n_head=0", "n_head=0 is out of range"),
     (train, "--threads 2000", "out of range"),
-    (sample, "--n 100000000000000", "out of memory: "),
+    (sample, "--n 100000000000000", "out of range: 1 to 2147483647"),
     (sample, "--cfg_scale 1e38", "out of range"),
     (train, "--seed 99999999999999999999", "out of range")])
 def test_a_number_too_large_and_a_device_without_numbers_are_one_line(module, argv, words, run,

@@ -33,7 +33,7 @@ import ot_refine
 import sample
 from ablate import open_job
 from data import unpatchify
-from files import write_png, write_text
+from files import output_folder, write_png, write_text
 from diffloss import Schedule
 from evaluate import frechet_distance
 from model import KINDS
@@ -848,7 +848,7 @@ def parse_args(argv=None):
     for name, low, value, text in (
             ("n", 4, 50, "images drawn of each class"),
             ("m", 4, 100, "real images of each class and split, at most"),
-            ("classes", 2, 10, "the first so many"),
+            ("classes", 2, 10, "the first so many, at most"),
             ("steps", 2, 25, "evaluations of the head per patch"),
             ("n_cal", 1, 200, "images that calibrate a class"),
             ("seed", 0, 0, "of the images drawn")):
@@ -864,8 +864,9 @@ def main(argv=None):
     for kind in KINDS:
         if not getattr(args, kind):
             print(f"{kind:12} skipped: no --{kind} given")
-    out = Path(args.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = output_folder(args.out_dir)
+    if args.cdm and not {"theorem1", "trajectory"} & set(args.claims):
+        raise ValueError(f"--cdm would change nothing: {', '.join(args.claims)} are about chains")
     subjects = {kind: observe(kind, args) for kind in KINDS if getattr(args, kind)}
     args.check_used("claims")                            # without a model most flags do nothing
     for name in args.claims:

@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import data as datasets
 from data import DATASETS, batch_indices, image_grid, patchify, to_uint8
-from files import (NAMES, check_space, finite, lock, plot_loss, read_checkpoint, save_run, tensors,
-                   write_png, write_records)
+from files import (NAMES, check_run, check_space, finite, has_steps, lock, plot_loss,
+                   read_checkpoint, save_run, tensors, write_png, write_records)
 from model import GUIDANCE, PRESETS, Config, build, preset
 from sample import draw
 
@@ -312,9 +312,7 @@ def settings_of(args):
 def resume(path, model, ema, optimizers, dataset, args):
     """Load a checkpoint of this very run: (step, records); ValueError names whatever differs."""
     state = read_checkpoint(path)
-    if not {"optimizers", "records", "args"} <= set(state):
-        raise ValueError(f"{path} holds weights, but no run that could be resumed (no optimiser); "
-                         f"to fine-tune them: --init {path}, with another --out_dir")
+    check_run(state, path)
 
     def decisive(args, config, data):
         flags = {k: v for k, v in args.items() if k not in FREE}
@@ -335,7 +333,12 @@ def resume(path, model, ema, optimizers, dataset, args):
         for part, saved in zip((model, ema, *optimizers),
                                (state["model"], state["ema"], *state["optimizers"]), strict=True):
             part.load_state_dict(saved)
-    except (RuntimeError, LookupError, TypeError, AttributeError) as error:
+        for o in optimizers:
+            kept = [(p, z) for p, held in o.state.items() for z in held.values()]
+            if bool(kept) != bool(state["step"]) or any(z.shape not in (p.shape, ())
+                                                        for p, z in kept):
+                raise ValueError(f"the moments of {type(o).__name__} are of other shapes")
+    except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not fit the run that it names: {error}") from None
     return state["step"], state["records"]
 
@@ -411,9 +414,10 @@ def main():
 
 
 def begin(path, parts, dataset, args, world):
-    """(step, records) of the checkpoint at `path`; where there is none, a first one is saved, to
-    show that saving works. parts: model, ema, optimizers."""
-    chief, found = world.rank == 0, path.exists()
+    """(step, records) of the checkpoint at `path`; where there is none, or one without a step, a
+    first one is saved, to show that saving works. parts: model, ema, optimizers."""
+    chief = world.rank == 0
+    found = chief and has_steps(path)
     if chief:
         # in fp32: weights, their average, and a moment or two of each gradient
         moments = sum(p.numel() * (1 if isinstance(o, Muon) else 2) for o in parts[2]
@@ -423,7 +427,7 @@ def begin(path, parts, dataset, args, world):
             save(path, *parts, 0, [], dataset, args)
     world.mean(0)            # all read one file: a run that is just ending might still replace it
     step, records = resume(path, *parts, dataset, args)
-    if chief and found:
+    if found:
         write_records(path, records)                     # a kill may have come between the two
         print(f"resuming {path} at step {step} of {args.steps}" if step < args.steps else
               f"{path} has its {step} steps: nothing to train. Raise --steps to go on")
