@@ -37,7 +37,7 @@ from evaluate import MIN_IMAGES, extract, mean_std
 from files import add_line, output_folder, read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
-                    one_evaluation, shared, shuffled, tuning, whole_trajectory)
+                    one_evaluation, shuffled, tuning, whole_trajectory)
 from sample import Refinement, draw_images, raster_order, tokens_of
 
 
@@ -61,6 +61,7 @@ class Row(NamedTuple):
 SPEED = "images a second"               # the axis of a frontier, measured and not given
 FREE = dict(cfg_scale=1.0)
 WHOLE = dict(K=1, eta=math.inf)
+SHARED = dict(method="shared", coupled=True)
 SAME = dict(method="none")              # conditions stay, but mar draws a class in one order
 BOTH = {"none": None, "refined": {}}
 MAIN = {"none": None, "mean": dict(method="mean", **WHOLE), "gaussian": dict(method="gaussian"),
@@ -150,14 +151,16 @@ def how_few_steps(jobs):
 
 def how_many_images(jobs):
     """How many images a class? The means of few are those of the class's targets."""
-    axes = {"images of a class at once": (50, 20, 250, 100, 500),
+    axes = {"images of a class at once": (50, 20, 250, 5, 100, 500),
             "calibration images": (100, 1000, 200, 500, 50, 2000),
             "targets": (10, 100, 25, 1000, 5000)}
     at_once, calibrate, targets = axes
     rows = [Row(axis, "none", x=v, line="none") for axis in axes for v in sorted(axes[axis])[::4]]
-    for name, control in (("coupled", None), ("shared second moments", shared)):
-        rows += [Row(at_once, f"{name}, {v} at once", dict(coupled=True), x=v, at_once=v,
-                     line=name, control=control) for v in axes[at_once]]
+    for name, refine in (("coupled", dict(coupled=True)), ("shared", SHARED),
+                         ("shared, 200 references", SHARED | dict(m=200)),
+                         ("shared, 50 references", SHARED | dict(m=50))):
+        rows += [Row(at_once, f"{name}, {v} at once", refine, x=v, at_once=v, line=name)
+                 for v in axes[at_once] if v <= 50 or "references" not in name]
     rows += [Row(calibrate, f"{v} calibrate", dict(n_cal=v), x=v) for v in axes[calibrate]]
     return rows + [Row(targets, f"{v} targets", dict(m=v, n_cal=1000), x=v) for v in axes[targets]]
 

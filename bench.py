@@ -13,6 +13,7 @@ as soon as it is measured; one that does not fit in memory says so, and the rest
 """
 from command import Parser, number, pick_device, run        # first: it answers signals
 
+import contextlib
 import copy
 import functools
 import json
@@ -21,13 +22,16 @@ import platform
 import re
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -37,7 +41,7 @@ import train as training
 from files import check_output, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import build, guidance_at, preset
-from plan import sampling_flops, training_flops
+from plan import by_layers, on_meta, sampling_flops, training_flops
 from sample import Refinement, draw
 
 
@@ -184,42 +188,147 @@ class Plain:
 
 class Roofline(TorchDispatchMode):
     """Kernels, FLOPs and seconds of an H100 that takes for each kernel the longest of its bytes by
-    3 TB/s, its bf16 FLOPs by 790 T/s and 2 us. For tensors on the meta device."""
+    3 TB/s, its bf16 FLOPs by 790 T/s and 2 us; `limit`: for its matrix products and attention
+    alone, without the 2 us. For tensors without data."""
     FREE = {"empty", "new_empty", "empty_like", "detach", "_unsafe_view", "lift_fresh"}
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.flops, self.seconds = 0, 0, 0.0
+        self.kernels, self.flops, self.seconds, self.limit = 0, 0, 0.0, 0.0
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out, name = f(*args, **(kwargs or {})), f._schema.name.split("::")[1]
-        if not (f.is_view or name in self.FREE):
+        if not (f.is_view or name in self.FREE or not any(map(torch.is_tensor, tree_leaves(out)))):
             moved = [z for z in tree_leaves((args, kwargs, out)) if torch.is_tensor(z)]
-            count = flop_registry.get(f._overloadpacket, lambda *args, **kwargs: 0)
+            if name in ATTENTION:
+                flops = ATTENTION[name](*(z.shape for z in moved))
+            else:
+                count = flop_registry.get(f._overloadpacket, lambda *args, **kwargs: 0)
+                flops = count(*args, **(kwargs or {}), out_val=out)
             # of a table that is looked up, or a target that is written, only what is moved
             moved = moved[1:] if name in ("index", "gather", "embedding", "copy_") else moved
-            self.add(moved, count(*args, **(kwargs or {}), out_val=out))
+            # what is broadcast is read once
+            self.add(sum(z.element_size() * math.prod(n for n, step in zip(z.shape, z.stride())
+                                                      if step) for z in moved), flops)
         return out
 
     def add(self, moved, flops):
-        # what is broadcast is read once
-        sizes = [z.element_size() * math.prod(n for n, step in zip(z.shape, z.stride()) if step)
-                 for z in moved]
+        """One kernel of so many bytes and FLOPs."""
+        needed = max(moved / 3e12, flops / 790e12)
         self.kernels, self.flops = self.kernels + 1, self.flops + flops
-        self.seconds += max(sum(sizes) / 3e12, flops / 790e12, 2e-6)
+        self.seconds += max(needed, 2e-6)
+        self.limit += needed * (flops > 0)
 
     def attention(self, q, k, v, is_causal=False, dropout_p=0.0):
         """One fused kernel."""
-        self.add([q, k, v, q], 4 * q.numel() * k.shape[2])
+        self.add(sum(z.numel() * z.element_size() for z in (q, k, v, q)),
+                 4 * q.numel() * k.shape[2])
         return torch.empty_like(q)
 
 
+# FLOPs of a CPU's attention, of which torch's counter does not know
+ATTENTION = {"_scaled_dot_product_flash_attention_for_cpu":
+             lambda q, k, *more: 4 * math.prod(q) * k[2],
+             "_scaled_dot_product_flash_attention_for_cpu_backward":
+             lambda grad, q, k, *more: 10 * math.prod(q) * k[2]}
+
+
+def one_kernel(x, shape, weight, eps):
+    """RMSNorm as what it is on CUDA; a CPU takes seven."""
+    return F.layer_norm(x, shape, weight, None, eps)
+
+
+@contextlib.contextmanager
+def cuda_rules():
+    """CUDA's autocast on CPU tensors: layer_norm computes in fp32, addcmul in the widest dtype."""
+    norm, addcmul = F.layer_norm, torch.addcmul
+
+    def widest(*args, **options):
+        args = [z.to(functools.reduce(torch.promote_types, [z.dtype for z in args])) for z in args]
+        return addcmul(*args, **options)
+    with (patch.object(F, "layer_norm", lambda x, *a, **k: norm(x.float(), *a, **k)),
+          patch.object(torch, "addcmul", widest), torch.autocast("cpu", torch.bfloat16)):
+        yield
+
+
+def compiled(fn, *inputs):
+    """The Roofline of fn(*inputs), and of its backward pass where it has one, in the kernels that
+    torch.compile fuses for a CPU. inputs: real tensors or fake ones; nothing is compiled."""
+    from torch._inductor import compile_fx
+    from torch._inductor.graph import GraphLowering
+    total = Roofline()
+
+    def codegen(graph):
+        graph.init_wrapper_code()
+        graph._update_scheduler()
+        for node in graph.scheduler.nodes:
+            moved, flops = int(node.get_read_write_buffers_sizes()), node.estimate_flops() or 0
+            kernel = str(getattr(node.node, "python_kernel_name", None)).split(".")[-2:][0]
+            if kernel in ATTENTION:
+                flops = ATTENTION[kernel](*(z.get_size() for z in node.node.inputs))
+            if moved:
+                total.add(moved, int(flops))
+        raise NotImplementedError("counted")
+
+    def instead(gm, inputs, **options):
+        with contextlib.suppress(Exception), patch.object(GraphLowering, "codegen", codegen):
+            compile_fx.compile_fx_inner(gm, inputs, **options)
+        run = lambda args: gm.forward(*args)
+        run._boxed_call = True
+        return run
+
+    torch._dynamo.reset()
+    backend = functools.partial(compile_fx.compile_fx, inner_compile=instead)
+    out = torch.compile(fn, backend=backend)(*inputs)
+    if torch.is_tensor(out) and out.requires_grad:
+        out.sum().backward()
+    return total
+
+
+def fused_head(name, batch):
+    """(kernels, seconds) that torch.compile saves in an evaluation of the head, as fast.py has it
+    where Triton is."""
+    cfg = preset(name, n_layer=1)
+
+    def saved(depth):                           # affine from two blocks on
+        with torch.no_grad():
+            head = fast.low(build(replace(cfg, head_depth=depth))).diffloss.net
+            mods = head.modulations(torch.zeros(2, batch, cfg.head_width, dtype=torch.bfloat16))
+            x = torch.zeros(batch, cfg.token_dim)
+            with Roofline() as eager:
+                head.denoise(x, mods)
+            fused = compiled(head.denoise, x, mods)
+        return np.array([eager.kernels - fused.kernels, eager.seconds - fused.seconds])
+    two, three = saved(2), saved(3)
+    return two + (cfg.head_depth - 2) * (three - two)
+
+
+def training_roofline(name, batch):
+    """(kernels, seconds) of a training step eagerly and by torch.compile, and its FLOPs: in bf16 by
+    CUDA's autocast, without dropout. Clipping, AdamW and the average, fused by torch anyway, move
+    52 bytes a parameter."""
+    def passes(cfg):
+        draws = build(replace(cfg, n_layer=1)).draw(batch, torch.Generator().manual_seed(0))
+        with FakeTensorMode() as fakes, cuda_rules():
+            model = build(cfg).train()
+            x, y = torch.empty(batch, cfg.n_tokens, cfg.token_dim), torch.zeros(batch).long()
+            draws = {key: fakes.from_tensor(z) for key, z in draws.items()}
+            with Roofline() as eager, patch.object(F, "rms_norm", one_kernel):
+                model.loss(x, y, draws).sum().backward()
+            fused = compiled(model.loss, x, y, draws)
+        return np.array([eager.kernels, eager.seconds, fused.kernels, fused.seconds, eager.flops])
+
+    cfg = preset(name, dropout=0.0)
+    kernels, seconds, fewer, faster, flops = by_layers(cfg, passes)
+    update = 52 * on_meta(cfg).num_params / 3e12
+    return (kernels, seconds + update), (fewer, faster + update), flops
+
+
 def roofline(name, batch, num_iter, **sampling):
-    """(kernels of an AR step in the middle of the chain, seconds of the GPU for it, seconds by its
-    FLOPs alone): guided, in bf16, without the kernels that fast.py fuses. Nothing is computed."""
-    norm = lambda x, shape, weight, eps: F.layer_norm(x, shape, weight, None, eps)  # one on CUDA
+    """The Roofline of an AR step in the middle of the chain: guided, in bf16, without the kernels
+    that fast.py fuses where Triton is."""
     count = Roofline()
-    with (torch.device("meta"), torch.no_grad(), patch.object(F, "rms_norm", norm),
+    with (torch.device("meta"), torch.no_grad(), patch.object(F, "rms_norm", one_kernel),
           patch.object(F, "scaled_dot_product_attention", count.attention)):
         model = fast.low(build(preset(name)).eval())
         cfg, head, places = model.cfg, model.diffloss, model.places(num_iter)
@@ -236,7 +345,7 @@ def roofline(name, batch, num_iter, **sampling):
             else:
                 c = model.step_conditions(x, at[:, :a], y, at[:, a:])
             head.sample(*c.split(batch), 3.0, noise, **sampling)
-    return count.kernels, count.seconds, count.flops / 790e12
+    return count
 
 
 # ---------------------------------------------------------------- measuring
@@ -407,16 +516,29 @@ class Bench:
 
     def roofline(self):
         """What `gpu` may be expected to measure on an H100, counted."""
-        print("\n| counted, H100 | kernels an AR step | images/s, 4 us a launch | CUDA graphs "
-              "| FLOPs alone |\n" + "|---" * 5 + "|")
+        print("\n| an AR step, counted | kernels: eager, fused | images/s: eager | graphs "
+              "| graphs, fused | limit | FLOPs alone |\n" + "|---" * 7 + "|")
         for name, batch, num_iter in (("gpt-xl", 256, None), ("gpt-xl", 8, None),
                                       ("mar-b", 256, 64), ("mar-b", 8, 64), ("mar-l", 256, 64)):
+            drawn = [b - a for a, b in on_meta(preset(name)).places(num_iter)]
+            fewer, faster = fused_head(name, batch * drawn[len(drawn) // 2])
             for solver, steps in (("ddpm", 100), ("dpm++", 10)):
-                kernels, gpu, flops = roofline(name, batch, num_iter, solver=solver, steps=steps)
-                rates = [batch / (num_iter or 256) / t for t in (max(gpu, 4e-6 * kernels), gpu,
-                                                                 flops)]
-                print(f"| {name}, batch {batch}, {solver} {steps} | {kernels} | "
-                      + " | ".join(f"{r:.3g}" for r in rates) + " |", flush=True)
+                step = roofline(name, batch, num_iter, solver=solver, steps=steps)
+                kernels, fused = step.kernels - steps * fewer, step.seconds - steps * faster
+                times = (max(step.seconds, 4e-6 * step.kernels), step.seconds, fused, step.limit,
+                         step.flops / 790e12)
+                rates = " | ".join(f"{batch / (num_iter or 256) / t:.3g}" for t in times)
+                print(f"| {name}, batch {batch}, {solver} {steps} | {step.kernels}, {kernels:.0f} "
+                      f"| {rates} |", flush=True)
+
+        print("\n| a training step, counted | kernels | GPU, ms | images/s | of 989 TFLOP/s |\n"
+              + "|---" * 5 + "|")
+        for name, batch in (("mar-l", 64), ("gpt-xl", 32)):
+            *ways, flops = training_roofline(name, batch)
+            for way, (kernels, seconds) in zip(("eager", "torch.compile"), ways):
+                t = max(seconds, 4e-6 * kernels)
+                print(f"| {name}, batch {batch}, {way} | {kernels:.0f} | {1e3 * seconds:.0f} "
+                      f"| {batch / t:.0f} | {flops / t / 989e12:.0%} |", flush=True)
 
 
 # ---------------------------------------------------------------- command line
@@ -438,10 +560,14 @@ def main():
     for name in which:
         if name not in (*EVERY, "gpu"):
             raise ValueError(f"no benchmark {name!r}; choose from {', '.join(EVERY)}, gpu, all")
+    device = pick_device(args.device)
+    if "gpu" in which and device.type != "cuda":
+        raise ValueError("gpu measures models of 200 to 900M parameters on a GPU: add --device "
+                         "cuda; roofline counts what it may be expected to measure")
     torch.set_num_threads(args.threads)
 
     path = args.json and check_output("--json", args.json)
-    bench = Bench(pick_device(args.device), args.runs, path)
+    bench = Bench(device, args.runs, path)
     print(f"{chip(bench.device)}, {args.threads} thread(s), torch {torch.__version__}; matrix "
           f"products: {bench.rate / 1e9:.0f} GFLOP/s in {str(bench.dtype)[6:]}\n")
     print("| bench | what | median | faster than the first | images/s | GFLOP "

@@ -149,12 +149,12 @@ def graphed(model):
 
 
 def fusion(head, least=1024):
-    """fn -> the same with the kernels of the head's blocks fused by torch.compile, which takes half
-    a minute: for widths from `least`, where there is Triton. Else fn itself."""
+    """fn -> the same with the kernels of the head's blocks fused by torch.compile (4 a block, not
+    6), which takes half a minute: for widths from `least`, where there is Triton. Else None."""
     net = head.net
     width = getattr(getattr(net, "input_proj", None), "out_features", 0)
     if width < least or not importlib.util.find_spec("triton"):
-        return lambda fn: fn
+        return None
     plain, compiled = net.denoise, torch.compile(net.denoise)
 
     def fused(fn):
@@ -196,42 +196,43 @@ class Graphs:
     against the eager result when they are met again, and replayed from then on."""
 
     def __init__(self, device):
-        self.device, self.off = device, False
+        self.device, self.off = device, set()
         self.forget()
 
     def forget(self):
         self.met, self.kept, self.pool = set(), {}, []
 
-    def __call__(self, key, fn, inputs, fused=lambda fn: fn):
+    def __call__(self, key, fn, inputs, fused=None):
         """fn(*inputs), a tensor. fn must not wait for the device; tensors that it reads beside its
-        inputs must stay where they are."""
+        inputs must stay where they are. fused(fn): what is tried before fn itself."""
         key = (key, *((tuple(z.shape), z.dtype) for z in inputs))
         if key in self.kept:
             return self.kept[key](*inputs)
         out = fn(*inputs)
-        if key in self.met and not self.off:
-            for way in dict.fromkeys((fused(fn), fn)):
-                graph = self.checked(way, inputs, out)
+        ways = {"compiled kernels": fused and fused(fn), "CUDA graphs": fn}
+        ways = {what: way for what, way in ways.items() if way and what not in self.off}
+        if key in self.met and "CUDA graphs" in ways:
+            for what, way in ways.items():
+                graph = self.checked(what, way, inputs, out)
                 if graph:
                     self.kept[key] = graph
                     return out
-            self.off = True
             return fn(*inputs)                  # what the trials wrote into a cache is undone
         self.met.add(key)
         return out
 
-    def checked(self, fn, inputs, want):
+    def checked(self, what, fn, inputs, want):
         """fn as a graph that gives what eager mode gave, or None and a line that says why not."""
         try:
             graph = capture(fn, inputs, self.device, self.pool)
             error = float((graph(*inputs) - want).norm() / want.norm())
             if error < 0.1:                     # bf16 along a chain; a wrong one is off by 1
                 return graph
-            reason = f"it is off by {error:.0%}"
+            reason = f"off by {error:.0%}"
         except Exception as error:              # of torch, CUDA, Triton, a compiler
             reason = (str(error).splitlines() or [type(error).__name__])[0][:150]
-        print(f"a CUDA graph was given up ({reason}): drawing goes on without, slower",
-              file=sys.stderr)
+        self.off.add(what)
+        print(f"{what} are given up ({reason}): drawing goes on without, slower", file=sys.stderr)
         return None
 
 

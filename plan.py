@@ -198,6 +198,14 @@ def refinement_bytes(cfg, m, n_cal, rank=None, stages=2):
     return held, held + 4 * N * m * C
 
 
+def shared_bytes(cfg, m, classes):
+    """(held, peak) of `--refine shared` for a batch of so many classes: their m targets, as they
+    are and as what is left of them, and means; the peak adds one class's whole conditions."""
+    N, C = cfg.n_tokens, cfg.n_embd
+    held = 4 * N * -(-C // 4) * classes * (2 * m + 1)
+    return held, held + 4 * N * m * C
+
+
 def describe(cfg, share, global_batch, steps, recompute=False):
     """Print what a training run takes, `share` images a pass, and then drawing and refinement."""
     gib = lambda n_bytes: f"{n_bytes / 2**30:.2f} GiB"
@@ -215,10 +223,16 @@ def describe(cfg, share, global_batch, steps, recompute=False):
     print(f"sampling, guided, 100 evaluations a patch{in_steps}: {image / 1e12:.4g} TFLOP; "
           f"50,000 images take about {on_all(50_000 * image)} (at {UTILISATION:.0%} of the peak, "
           "an assumption)")
-    for name, m, n in (("frozen", 1000, 2000), ("coupled", M, TOGETHER)) * (cfg.kind != "cdm"):
-        held, peak = refinement_bytes(cfg, m, n)
-        print(f"refinement, {name}, {m} reference images of a class and {n} that are fitted: "
-              f"{gib(held)} for the class at work, {gib(peak)} at the peak")
+    if cfg.kind == "cdm":
+        return
+    held, peak = refinement_bytes(cfg, 1000, 2000)
+    print(f"refinement, frozen, 1000 reference images of a class and 2000 that calibrate: "
+          f"{gib(held)} for the class at work, {gib(peak)} at the peak")
+    held, peak = shared_bytes(cfg, M, CLASSES)
+    references = M * reference_flops(cfg, num_iter)
+    print(f"refinement, shared, {M} reference images of a class, {CLASSES} classes at once: "
+          f"{gib(held)}, {gib(peak)} at the peak; the references of a class take "
+          f"{references / 1e12:.3g} TFLOP, as much as {references / image:.3g} images")
 
 
 # ---------------------------------------------------------------- the rows of the paper's tables
@@ -226,7 +240,8 @@ def describe(cfg, share, global_batch, steps, recompute=False):
 ROWS = [(name, size) for size in (256, 512)
         for name in ("cdm-xl", "gpt-xl", "mar-b", "mar-l", "mar-h")]
 GPUS, BATCH, STEPS, WARMUP, DRAWN = 8, 2048, 250_000, 62_500, 50_000
-M, TOGETHER = 200, 50            # reference images a class, and images of it that are coupled
+M, TOGETHER, CLASSES = 200, 50, 10       # reference images a class; a refined batch: 10 times 50
+AT_ONCE = {256: CLASSES * TOGETHER, 512: 3 * TOGETHER}           # what 80 GB hold of gpt-xl
 # evaluations a patch, AR steps, guidance: MAR's and the paper's; DiT's for CDM
 DRAWING = {"cdm-xl": (250, None, "--cfg_scale 1.5"),
            "gpt-xl": (100, None, "--cfg_scale 2.9 --cfg_schedule linear"),
@@ -258,14 +273,14 @@ def commands(name, size, fit):
     train = (f"{torchrun} train.py --dataset imagenet{size} --data_dir ImageNet --vae kl16.ckpt "
              f"--model {name} --global_batch {BATCH} --accumulate {accumulation(fit)} "
              f"--steps {STEPS} --lr 8e-4 --out_dir runs/{run}")
-    sample = (f"{torchrun} sample.py --ckpt runs/{run} --vae kl16.ckpt --n {DRAWN} --batch_size 64"
+    sample = (f"{torchrun} sample.py --ckpt runs/{run} --vae kl16.ckpt --n {DRAWN}"
               + (f" --num_iter {num_iter}" if num_iter else "")
               + f" --solver ddpm --steps {steps} {guidance}")
     measure = f"python evaluate.py --ref {ref} --features inception --samples"
-    out = [("training", train), ("sampling", f"{sample} --out {run}.npz"),
+    out = [("training", train), ("sampling", f"{sample} --batch_size 64 --out {run}.npz"),
            ("measuring", f"{measure} {run}.npz")]
     if not name.startswith("cdm"):
-        refine = f"--refine default --coupled --m {M}"
+        refine = f"--refine shared --m {M} --batch_size {AT_ONCE[size]}"
         out += [("sampling, refined", f"{sample} {refine} --out {run}-refined.npz"),
                 ("measuring, refined", f"{measure} {run}-refined.npz")]
     return out
@@ -297,7 +312,8 @@ def table_rows(name, size):
     # 64 guided images: keys and values in bf16 of every layer
     cache = 64 * 2 * 2 * cfg.n_layer * cfg.n_tokens * cfg.n_embd * 2 if cfg.kind == "ar" else 0
     sampling = 4 * model.num_params + cache
-    refining = " | ".join(f"{z / 1e9:.2f} GB" for z in refinement_bytes(cfg, M, TOGETHER))
+    refining = " | ".join(f"{z / 1e9:.2f} GB"
+                          for z in shared_bytes(cfg, M, AT_ONCE[size] // TOGETHER))
     memory = (f"| {name} | {cfg.n_tokens} | {model.num_params / 1e6:.0f}M | {weights / 1e9:.1f} GB "
               f"| {kept / 1e9:.2f} GB | {fit} | {training / 1e9:.0f} GB | {sampling / 1e9:.0f} GB "
               f"| {'- | -' if cfg.kind == 'cdm' else refining} |")

@@ -24,7 +24,7 @@ import train
 from diffloss import ImageNoise
 from evaluate import Judge, extract, frechet_distance, gaussian
 from model import AR
-from ot_refine import Refiner, sq_cost
+from ot_refine import sq_cost
 from sample import ideal_conditions
 
 
@@ -91,7 +91,7 @@ class Nearest:
 
 RIVALS = {"mean": Mean, "meanvar": MeanVar, "ema": EMA, "nearest": Nearest}
 ot_refine.MAPS.update(RIVALS)
-ot_refine.METHODS = ("none", "default", *ot_refine.MAPS)
+ot_refine.METHODS = ("none", "default", "shared", *ot_refine.MAPS)
 
 
 # ---------------------------------------------------------------- the inverse term, lam > 0
@@ -196,25 +196,6 @@ def ideal(refinement, seed, refine, y, index):
     return lambda i, c_drawn, y: c[i].to(c_drawn.dtype)
 
 
-def shared(refinement, seed, refine, y, index):
-    """For few images of a class: one map for all classes, of what is left when each class's mean is
-    taken away; the mean goes to that of the class's own targets. AR, whose orders are equal."""
-    axes, classes = refinement.axes, y.unique().tolist()
-    rows, targets = [(y == k).nonzero()[:, 0] for k in classes], map(refinement.targets, classes)
-    means, rest = zip(*((t.mean(1), t - t.mean(1, keepdim=True)) for t in targets))
-    rest = torch.cat(rest, 1)
-    one = Refiner(axes, rest[:, ::-(-rest.shape[1] // 1000)], refinement.stages, refinement.reg)
-
-    def moved(i, c, y):
-        z, mean = torch.empty_like(c), [c[at].mean(0) for at in rows]
-        for at, own in zip(rows, mean):
-            z[at] = c[at] - own
-        z = one(i, z)
-        for at, own, to in zip(rows, mean, means):
-            z[at] += own + (to[i] - own @ axes[i]) @ axes[i].T
-        return z
-
-    return moved
 
 
 # ---------------------------------------------------------------- fixes of sampling

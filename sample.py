@@ -7,8 +7,9 @@
     python sample.py --inpaint x.png --mask m.png      mar fills the white part of the mask
     torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz    each GPU a share (mind the --)
 
-Image k of a seed is the same at any batch size (but --coupled). Refinement goes class by class, so
-that its memory does not grow with the classes; what it fits is kept in the folder refine/ of a run.
+Image k of a seed is the same at any batch size (but --coupled and --refine shared, which is for 50
+images of a class and less). Refinement goes class by class, so that its memory does not grow with
+the classes; what it fits is kept in the folder refine/ of a run.
 """
 from command import Parser, join, number, pick_device, run, set_threads  # first: answers signals
 
@@ -125,6 +126,7 @@ class Refinement:
             raise ValueError("--refine: a cdm model has no chain of conditions, nothing to refine; "
                              "use an ar or mar model")
         self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
+        self.coupled = self.coupled or self.method == "shared"
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
         self.say = functools.cache(print)                      # each message once
         Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
@@ -139,6 +141,7 @@ class Refinement:
                                "sampling": self.sampling}
 
     def order(self, k):
+        k = 0 if self.method == "shared" else k              # one order for all that share a map
         return self.order_of(self.model, k, self.seed)
 
     def conditions(self, k, m):
@@ -180,7 +183,10 @@ class Refinement:
             return refiner
 
         def calibrate():              # negative seeds: the noise of no image, whatever its --seed
-            n = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
+            most = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
+            n = at_once(self.model, self.sampling, most)
+            if n < most:
+                self.say(f"{n} images calibrate a class, as {most} do not fit in memory")
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
                  lambda i, c, y: refiner(i, c), **self.sampling, order=order.expand(n, -1))
             return refiner.state()
@@ -221,11 +227,23 @@ def weights_digest(model):
 
 # ---------------------------------------------------------------- many images
 
+def at_once(model, sampling, most=500):
+    """How many images are drawn at once: `most`, or on a GPU what fits."""
+    if model.device.type == "cpu":
+        return most
+    import fast
+    return fast.images_at_once(model, sampling, most)
+
+
 def batches(labels, index, size, refinement=None):
     """Parts of index, of at most `size` images, each with the Refiner of its class or None. A
     refined class is drawn on its own, in equal parts, as coupled maps want it."""
     if refinement is None:
         yield from ((part, None) for part in index.split(size) if len(part))
+        return
+    if refinement.method == "shared":                                # of many classes
+        import many
+        yield from many.batches(labels, index, size, refinement)
         return
     for k in labels[index].unique().tolist():
         mine, refiner = index[labels[index] == k], refinement.refiner(k)
@@ -340,19 +358,18 @@ def setup(args):
         if args.refine != "none":
             if facts.get("cache_dir"):
                 dataset()                    # are the latents in the cache those of the images?
-            given |= {"coupled": args.coupled, "m": args.m, "folder": path.parent / "refine",
+            given |= {"coupled": args.refine == "shared" or args.coupled, "m": args.m,
+                      "folder": path.parent / "refine",
                       "origin": {"weights": weights_digest(model),
                                  "references": datasets.digest(facts, data_dir())}}
-        if args.refine not in ("none", "gaussian"):
+        if args.refine not in ("none", "gaussian", "shared"):
             given |= {"K": args.K, "eta": args.eta}
         refinement = Refinement(model, lambda k, m: tokens_of(dataset())(k, m), sampling,
                                 args.refine, **given)
 
-    size = args.batch_size or 500
-    coupled = refinement and refinement.coupled          # its images depend on the batch
-    if not args.batch_size and device.type != "cpu" and not coupled:
-        import fast
-        size = fast.images_at_once(model, sampling)
+    size = args.batch_size or at_once(model, sampling)
+    if refinement and refinement.coupled and size < 500 and not args.batch_size:
+        print(f"{size} images at once, as 500 do not fit in memory: coupled, they are others")
     images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
                                refinement=refinement)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,

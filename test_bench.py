@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from torch._inductor.graph import GraphLowering
 
 import bench
 import command
@@ -96,12 +97,26 @@ def test_the_roofline_counts_a_kernel_by_its_bytes_or_its_flops_and_sees_the_who
             x @ x.T
         assert (count.kernels, count.flops) == (1, 2 * len(x) ** 3)
         assert count.seconds == pytest.approx(seconds)
+        assert count.limit == pytest.approx(max(3 * x.nbytes / 3e12, count.flops / 790e12))
     with bench.Roofline() as count:
         b + b[:1]
-    assert count.seconds == pytest.approx((2 * 8192 ** 2 + 8192) * 2 / 3e12)
+    assert count.seconds == pytest.approx((2 * 8192 ** 2 + 8192) * 2 / 3e12) and not count.limit
     few, more = (bench.roofline(name, 4, 4, solver="dpm++", steps=3)
                  for name in ("gpt-tiny", "mar-tiny"))
-    assert 80 < few[0] < more[0] < 300 and few[2] > 0, "kernels of an AR step"
+    assert 80 < few.kernels < more.kernels < 300 and few.flops > 0, "kernels of an AR step"
+
+
+@pytest.mark.skipif(not hasattr(GraphLowering, "_update_scheduler"),
+                    reason="needs a torch that can be asked what it would compile")
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_is_compiled_is_counted_in_fused_kernels_forward_and_backward(trained):
+    x, w = torch.randn(64, 64, requires_grad=trained), torch.randn(64, 64)
+    count = bench.compiled(lambda x: ((x @ w) * 2 + 1).sin(), x)
+    # a product, and what follows it in one kernel; backward the same
+    assert count.kernels == 2 * (1 + trained) and count.flops == 2 * 64 ** 3 * (1 + trained)
+    with bench.Roofline() as eager:
+        ((x @ w) * 2 + 1).sin()
+    assert eager.kernels == 4 and eager.flops == 2 * 64 ** 3
 
 
 def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, capsys):
@@ -114,7 +129,7 @@ def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, c
     assert b.rows[1]["seconds"] > 0 and b.rows[1]["ratio"] is None
 
 
-def test_the_command_writes_its_table_and_refuses_unknown_names(
+def test_the_command_writes_its_table_and_refuses_unknown_names_and_gpu_without_one(
         quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench.Bench, "mar", lambda self: self.add("mar", "one", 0.5, 2.0))
     file = tmp_path / "b.jsonl"
@@ -122,7 +137,9 @@ def test_the_command_writes_its_table_and_refuses_unknown_names(
     command.run(bench.main)
     assert json.loads(file.read_text())["ratio"] == 2.0
     assert "| mar | one | 500 ms | 2.00x |" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["bench.py", "nothing"])
-    with pytest.raises(SystemExit) as stop:
-        command.run(bench.main)
-    assert stop.value.code == 2 and "'nothing'" in capsys.readouterr().err
+    for argv, words in (["nothing"], "'nothing'"), (["mar", "gpu"], "add --device cuda"):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            command.run(bench.main)
+        said = capsys.readouterr()
+        assert stop.value.code == 2 and words in said.err and not said.out, "before any work"

@@ -1025,6 +1025,10 @@ def test_the_memory_rule_is_what_the_refiner_of_a_class_holds(name, rank):
     held = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes()     # maps share targets
             for z in (refiner.targets, *files.tensors(refiner.state()))}
     assert sum(held.values()) == plan.refinement_bytes(m.cfg, 30, 40, rank)[0]
+    refinement = sample.Refinement(m, real, {}, "shared", m=30)
+    targets = sum(refinement.refiner(k).targets.nbytes for k in range(5))   # and what is left
+    means = 4 * 5 * 9 * refinement.rank
+    assert rank or 2 * targets + means == plan.shared_bytes(m.cfg, 30, 5)[0]
 
 
 def thousand_classes(root, net):
@@ -1156,8 +1160,8 @@ def test_the_commands_of_a_row_fit_each_other_and_the_machine(name, size):
     for kind in ("", ", refined")[:1 + (name != "cdm-xl")]:
         drawn, judged = args["sampling" + kind], args["measuring" + kind]
         assert drawn.n == 50 * 1000 and drawn.ckpt == run.out_dir and judged.samples == drawn.out
-        assert (drawn.refine != "none") == drawn.coupled == bool(kind)
-        assert not kind or drawn.batch_size >= plan.TOGETHER and drawn.m == plan.M
+        assert drawn.refine == ("shared" if kind else "none") and not drawn.coupled
+        assert not kind or drawn.batch_size % plan.TOGETHER == 0 and drawn.m == plan.M
 
 
 def test_plan_and_train_describe_a_row_without_data(tmp_path, monkeypatch, capsys):

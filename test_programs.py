@@ -385,7 +385,8 @@ IDLE = {"coupled": "--coupled", "K": "--K 3", "eta": "--eta 1", "m": "--m 30",
 
 
 @every("name, argv", [*IDLE.items(), ("K", "--refine gaussian --K 3"),
-                      ("eta", "--refine gaussian --eta 1"),
+                      ("eta", "--refine gaussian --eta 1"), ("K", "--refine shared --K 3"),
+                      ("coupled", "--refine shared --coupled"),
                       ("data_dir", "--refine gaussian --data_dir .")])
 def test_a_flag_that_would_change_nothing_is_refused(name, argv, run, tmp_path):
     helps = sample.parse_args([])._helps.items()

@@ -1,0 +1,110 @@
+"""One map for all classes of a batch: what it finds, what it leaves to chance, how it is drawn."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import many
+import sample
+from diffloss import ImageNoise
+from model import build, preset
+from ot_refine import Gaussian
+from sample import Refinement, draw_images
+
+torch.set_num_threads(1)
+every = pytest.mark.parametrize
+
+
+def batch(K, n, m=100, r=4, own=0.0, seed=0):
+    """(refiners, y, c, the classes' own shifts): K classes of n conditions (K n, 6) whose targets
+    were shrunk to a half, drifted by 1 and, each class of its own, by `own` times a normal."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    axes, y = torch.eye(6)[None, :, :r].repeat(2, 1, 1), torch.arange(K).repeat(n)
+    means, shifts = 3 * randn(K, r), own * randn(K, r)
+    refiners = {k: SimpleNamespace(axes=axes, targets=means[k] + randn(2, m, r)) for k in range(K)}
+    c = torch.cat([means[y] + randn(K * n, r) / 2 + 1 + shifts[y], randn(K * n, 2)], 1)
+    return refiners, y, c, shifts
+
+
+def class_means(z, y):
+    return torch.stack([z[y == k].mean(0) for k in y.unique()])
+
+
+def moved(refiners, y, c):
+    return many.shared(refiners, y)(1, c)
+
+
+def test_five_images_of_forty_classes_find_the_drift_and_the_spread_that_they_share():
+    refiners, y, c, _ = batch(40, 5)
+    z, to = moved(refiners, y, c), torch.stack([r.targets[1].mean(0) for r in refiners.values()])
+    assert torch.equal(z[:, 4:], c[:, 4:]), "directions outside of the axes stay"
+    d = z[:, :4] - to[y]
+    # 200 conditions: the mean is exact, a variance to 10 %, and shrinkage takes some
+    assert d.mean(0).abs().max() < 1e-3 and (d.var(0) - 1).abs().max() < 0.2, d.var(0)
+    # the means of five are left to chance, at 1 / sqrt(5), and not pulled to those of the targets
+    spread = class_means(d, y).square().mean().sqrt()
+    assert 0.35 < spread < 0.55, spread
+
+
+@every("n", [5, 50])
+def test_a_shift_of_a_class_of_its_own_goes_as_far_as_it_shows_above_chance(n):
+    refiners, y, c, shifts = batch(40, n, own=2.0)
+    to = torch.stack([r.targets[1].mean(0) for r in refiners.values()])
+    left = class_means(moved(refiners, y, c)[:, :4] - to[y], y)
+    # of 2 in each direction; twice .5 / sqrt(5), as the map doubles the spread, is chance
+    assert left.square().mean().sqrt() < 0.25 and shifts.square().mean().sqrt() > 1.5
+
+
+def test_the_weight_is_signal_over_signal_and_noise():
+    K, n, r = 400, 6, 3
+    generator = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    member, by_targets, by_images = torch.eye(K).repeat(n, 1), randn(K, r), 2 * randn(K * n, r)
+    chance = member @ by_targets + by_images + 5
+    d = chance + member @ randn(K, r)
+    found = many.own_shifts(d, member, torch.tensor(1.0))
+    want = (class_means(d, member.argmax(1)) - d.mean(0)) / (1 + 1 + 4 / n)
+    error = (found - want).square().mean() / want.square().mean()
+    assert error < 0.2 ** 2, "400 x 3 shifts tell the weight to a tenth"
+    alike = many.own_shifts(chance, member, torch.tensor(1.0))
+    assert alike.square().mean() < 0.02 * found.square().mean(), "by chance alone none is moved"
+
+
+@every("K, n", [(1, 1), (1, 9), (5, 1)])
+def test_of_one_class_or_one_image_of_each_the_mean_of_all_is_moved(K, n):
+    refiners, y, c, _ = batch(K, n)
+    z = moved(refiners, y, c)
+    to = torch.stack([r.targets[1].mean(0) for r in refiners.values()])
+    assert (z[:, :4] - to[y]).mean(0).abs().max() < 1e-3
+    one = refiners[0].targets[1]
+    if K == 1:
+        want = Gaussian.fit(c[:, :4], (one - one.mean(0)) * (100 / 99) ** 0.5 + one.mean(0))
+        assert torch.allclose(z[:, :4], want(c[:, :4]), atol=1e-4), "it is the class's own map"
+
+
+@every("name", ["gpt-tiny", "mar-tiny"])
+def test_shared_refinement_draws_nothing_beforehand_and_batches_of_many_classes(name, monkeypatch):
+    torch.manual_seed(0)
+    model = build(preset(name, grid=2, num_classes=10, token_dim=4)).eval()
+    for p in model.parameters():                        # nothing hides behind a zero (adaLN-zero)
+        torch.nn.init.normal_(p, std=0.1)
+    tokens_of = lambda k, m: torch.randn(30, 4, 4, generator=torch.Generator().manual_seed(k))
+    sampling = dict(cfg_scale=1.5, steps=2)
+    refinement = Refinement(model, tokens_of, sampling, "shared", m=30)
+    drawn, own = [], sample.draw
+
+    def draw(model, y, index, seed, *more, **options):
+        drawn.append((y.tolist(), seed, options.get("order")))
+        return own(model, y, index, seed, *more, **options)
+    monkeypatch.setattr(sample, "draw", draw)
+    labels = torch.arange(40) % 10
+    images = draw_images(model, lambda x: x.numpy(), labels, torch.arange(40), 0, sampling, 20,
+                         refinement)
+    assert [seed for _, seed, _ in drawn] == [0, 0], "no calibration"
+    assert [sorted(set(y)) for y, _, _ in drawn] == [[*range(5)], [*range(5, 10)]]
+    if name == "mar-tiny":
+        assert all((order == order[0]).all() for _, _, order in drawn), "places mean one position"
+    y = torch.arange(40) % 10
+    plain = model.generate(y, ImageNoise(0, range(40)), **sampling)
+    assert not torch.allclose(torch.from_numpy(images), plain, atol=1e-2), "refined"
