@@ -414,7 +414,6 @@ class Study:
         size = row.at_once * K or self.args.batch_size
         blocks = whole.split(size) if row.at_once else [whole]
         wrap = row.control and functools.partial(row.control, refinement, seed)
-        refinement = None if row.control is shared else refinement    # all classes in one batch
         with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
             parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
                                  refinement, bar.update, wrap) for index in blocks]

@@ -539,7 +539,7 @@ def test_on_fake_cuda_every_generator_draws_in_bf16_without_a_wait(name, solver,
 def test_on_fake_cuda_graphs_in_bf16_are_what_is_drawn_from(name, fake_cuda):
     make, _ = fake_cuda
     model = make(lambda: build(preset(name, grid=4, num_classes=10)).eval())
-    quick = make(lambda: sample.quickest(model))
+    quick = make(lambda: sample.fast_copy(model))
     assert quick is not model and next(quick.parameters()).dtype == torch.bfloat16
     assert "sample" in vars(quick.diffloss) and ("next_condition" in vars(quick)) == ("gpt" in name)
 

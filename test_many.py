@@ -83,6 +83,19 @@ def test_of_one_class_or_one_image_of_each_the_mean_of_all_is_moved(K, n):
         assert torch.allclose(z[:, :4], want(c[:, :4]), atol=1e-4), "it is the class's own map"
 
 
+def test_batches_hold_whole_classes_or_equal_parts_of_a_large_one(monkeypatch):
+    monkeypatch.setattr(many, "shared", lambda refiners, y: (sorted(refiners), y.tolist()))
+    refinement = SimpleNamespace(refiner=lambda k: k)
+
+    def sizes(labels, size):
+        parts = list(many.batches(labels, torch.arange(len(labels)), size, refinement))
+        assert all(labels[part].tolist() == y for part, (_, y) in parts), "in the batch's order"
+        return [(len(part), classes) for part, (classes, _) in parts]
+    some = torch.tensor([0] * 3 + [1] * 3 + [2] * 13 + [3] * 2)
+    assert sizes(some, 8) == [(6, [0, 1]), (7, [2]), (8, [2, 3])]
+    assert sizes(some[:0], 8) == [] and sizes(some, 30) == [(21, [0, 1, 2, 3])]
+
+
 @every("name", ["gpt-tiny", "mar-tiny"])
 def test_shared_refinement_draws_nothing_beforehand_and_batches_of_many_classes(name, monkeypatch):
     torch.manual_seed(0)
