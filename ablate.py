@@ -37,7 +37,7 @@ from evaluate import MIN_IMAGES, extract, mean_std
 from files import add_line, output_folder, read_lines, write_png, write_text
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
-                    one_evaluation, shuffled, tuning, whole_trajectory)
+                    late_epsilon_scaling, one_evaluation, shuffled, tuning, whole_trajectory)
 from sample import Refinement, draw_images, raster_order, tokens_of
 
 
@@ -170,6 +170,15 @@ def where_does_it_fail(jobs):
     return [Row("fails", name, refine) for name, refine in BOTH.items()]
 
 
+def how_near(jobs):
+    """How near can it come? Drawn so faithfully that, unrefined, it lacks variety."""
+    dials = dict(sampling=dict(cfg_scale=1.75, temperature=0.95), fix=(late_epsilon_scaling, 0.9))
+    refined = {"none": None, "refined": {}, "2000 targets": dict(m=2000),
+               "2000 targets, coupled": dict(m=2000, coupled=True)}
+    return [Row("near", name + words, refine, **how) for name, refine in refined.items()
+            for words, how in (("", {}), (", faithful", dials))]
+
+
 def which_order(jobs):
     """Which order for MAR?"""
     return [Row("orders", name, refine, how, "mar") for name, (refine, how) in ORDERS.items()]
@@ -177,7 +186,8 @@ def which_order(jobs):
 
 QUESTIONS = {"works": does_it_work, "eyes": in_whose_eyes, "parts": what_does_the_work,
              "cheaper": would_a_cheaper_fix_do, "better": does_it_fade, "steps": how_few_steps,
-             "images": how_many_images, "fails": where_does_it_fail, "orders": which_order}
+             "images": how_many_images, "fails": where_does_it_fail, "near": how_near,
+             "orders": which_order}
 
 
 # ---------------------------------------------------------------- the command

@@ -200,8 +200,9 @@ def ideal(refinement, seed, refine, y, index):
 
 # ---------------------------------------------------------------- fixes of sampling
 
-def epsilon_scaling(model, lam):
-    """eps / lam in each evaluation (Ning et al. 2024, against the exposure bias of the steps)."""
+def epsilon_scaling(model, lam, most=1.0):
+    """eps / lam in each evaluation where sigma, in 0 .. 1, is at most `most` (Ning et al. 2024,
+    against the exposure bias of the steps)."""
     head, own = model.diffloss, model.diffloss.denoiser
 
     def denoiser(*given, **options):
@@ -209,12 +210,19 @@ def epsilon_scaling(model, lam):
 
         def denoise(x_t, t):
             x0, v = inner(x_t, t)
+            if head.schedule.sigma[t] > most:
+                return x0, v
             clean = x_t * float(head.schedule.x0_from_xt[t])         # x0 = clean - const * eps
             return head.bounded(clean + (x0 - clean) / lam), v
 
         return denoise
 
     head.denoiser = denoiser
+
+
+def late_epsilon_scaling(model, lam):
+    """Below sigma = .2 alone. With lam below 1 it takes away the grain that a small head leaves."""
+    epsilon_scaling(model, lam, 0.2)
 
 
 def guidance_interval(model, most):

@@ -212,6 +212,18 @@ def test_epsilon_scaling_divides_eps_by_lambda_and_is_drawn_from_no_faster_copy(
     assert torch.allclose(b, a / 1.25, atol=1e-5) and a.abs().mean() > 0.1
 
 
+def test_late_epsilon_scaling_leaves_the_steps_of_much_noise_as_they_are():
+    model, c, x_t = tiny("gpt-tiny"), randn(5, 64), randn(5, 64, seed=1)
+    head, early, late = model.diffloss, 237, 83                  # sigma = .37 and .14
+    head.x0_bound = None
+    plain = {t: head.denoiser([t], c)(x_t, t)[0] for t in (early, late)}
+    with rivals.fixed(model, (rivals.late_epsilon_scaling, 0.9)):
+        scaled = {t: head.denoiser([t], c)(x_t, t)[0] for t in (early, late)}
+    assert torch.equal(scaled[early], plain[early])
+    a, b = (eps_of(head, x_t, late, x0[late]) for x0 in (plain, scaled))
+    assert torch.allclose(b, a / 0.9, atol=1e-4) and a.abs().mean() > 0.1
+
+
 def test_guidance_in_an_interval_is_guidance_below_its_noise_level_and_none_above():
     model, c, null, x_t = tiny("gpt-tiny"), randn(5, 64), randn(5, 64, seed=2), randn(5, 64, seed=1)
     head = model.diffloss
@@ -397,7 +409,8 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, q
               key(row._replace(control=rivals.shuffled)), key(with_(method="mean")),
               key(row._replace(sampling={"temperature": 2.0})),
               key(fix("epsilon_scaling", 1.1)), key(fix("epsilon_scaling", 1.2)),
-              key(fix("guidance_interval", 1.1)), key(fix("autoguidance", 1.1)),
+              key(fix("late_epsilon_scaling", 1.1)), key(fix("guidance_interval", 1.1)),
+              key(fix("autoguidance", 1.1)),
               key(with_(order_of=sample.raster_order)),
               *(key(with_(lam=0.1, inverse_of=x)) for x in (rivals.one_evaluation,
                                                              rivals.whole_trajectory))]
