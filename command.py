@@ -79,17 +79,18 @@ def closest(word, known, otherwise=None):
 
 
 def number(kind, low, high=None):
-    """An argparse type: a finite number between low and high, both allowed; a whole one without a
-    high end is at most 2^31 - 1."""
-    high = high or (2 ** 31 - 1 if kind is int else float("inf"))
+    """An argparse type: a finite number between low and high, both allowed (high: that of 32 bits
+    for whole numbers)."""
+    most = high or (2 ** 31 - 1 if kind is int else sys.float_info.max)
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number")
-        if not low <= value <= high or value == float("inf"):
-            wanted = f"at least {low}" if high == float("inf") else f"{low} to {high}"
+        if not low <= value <= most:
+            wanted = (f"{low} to {high}" if high else
+                      f"at least {low}" if value < low else f"at most {most}")
             raise argparse.ArgumentTypeError(f"{text} is out of range: {wanted}")
         return value
     return parse

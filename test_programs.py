@@ -566,7 +566,7 @@ def test_resuming_with_other_flags_names_the_difference(more, words, own_run):
     ("--size 20", "16 or 32"), ("--patch 3", "multiple of --patch"),
     ("--global_batch 10 --accumulate 4", "multiple of"), ("--device abacus", "cannot be used"),
     ("--device hpu", "--device hpu cannot be used"),
-    ("--global_batch 99999999999", "out of range: 1 to 2147483647"),
+    ("--global_batch 99999999999", "out of range: at most 2147483647"),
     ("--out_dir {tmp}/file", "cannot be written to (File exists)"),
     ("--out_dir {tmp}/file/x", "cannot be written to (Not a directory); choose another"),
     ("--compile", "--compile would change nothing"), ("--vae x", "--vae would change nothing"),
