@@ -18,19 +18,22 @@ import torch
 from ot_refine import Gaussian, exact
 
 
+def groups(labels, size):
+    """Which images share a map: a number for each of labels (n,), the same for as many whole classes
+    as a batch of `size` images holds, at least one."""
+    classes, at = labels.unique(return_inverse=True)
+    return at // max(1, size // int(at.bincount().max()))
+
+
 def batches(labels, index, size, refinement):
-    """Parts of index, of whole classes, at most `size` images, or equal parts of a larger one, each
-    with its refine(i, c)."""
-    waiting, refiners = index[:0], {}
-    for k in labels[index].unique().tolist():
-        mine, refiner = index[labels[index] == k], refinement.refiner(k)
+    """Parts of index, a group of all images each, or equal parts of a class larger than `size`, with
+    their refine(i, c)."""
+    group = groups(labels, size)[index]
+    for g in group.unique():
+        mine = index[group == g]
+        refiners = {k: refinement.refiner(k) for k in labels[mine].unique().tolist()}
         for part in mine.tensor_split(-(-len(mine) // size)):
-            if refiners and len(waiting) + len(part) > size:
-                yield waiting, shared(refiners, labels[waiting])
-                waiting, refiners = index[:0], {}
-            waiting, refiners[k] = torch.cat([waiting, part]), refiner
-    if refiners:
-        yield waiting, shared(refiners, labels[waiting])
+            yield part, shared(refiners, labels[part])
 
 
 def shared(refiners, y):

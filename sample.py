@@ -235,6 +235,17 @@ def at_once(model, sampling, most=500):
     return fast.images_at_once(model, sampling, most)
 
 
+def units(labels, size, refinement=None):
+    """(n,): images of labels (n,) with the same number depend on each other, or on the same maps:
+    those of a class, or of a batch's classes."""
+    if refinement is None:
+        return torch.arange(len(labels))
+    if refinement.method == "shared":
+        import many
+        return many.groups(labels, size)
+    return labels.unique(return_inverse=True)[1]
+
+
 def batches(labels, index, size, refinement=None):
     """Parts of index, of at most `size` images, each with the Refiner of its class or None. A
     refined class is drawn on its own, in equal parts, as coupled maps want it."""
@@ -326,7 +337,8 @@ def parse_args(argv=None):
 def setup(args):
     """A checkpoint and how to draw from it, as the flags say, for evaluate.py, too: path, model,
     state (the checkpoint's dict), decode (tokens -> images), refinement (or None), dataset() ->
-    data.Data and images(labels, index, seed, tick=), draw_images of all this.
+    data.Data, images(labels, index, seed, tick=), draw_images of all this, and units(labels), which
+    of them may not be drawn by two processes.
     ValueError where the flags do not fit the checkpoint or each other."""
     device, path = pick_device(args.device), find_checkpoint(args.ckpt)
     model, state = load_model(path, device)
@@ -369,11 +381,13 @@ def setup(args):
 
     size = args.batch_size or at_once(model, sampling)
     if refinement and refinement.coupled and size < 500 and not args.batch_size:
-        print(f"{size} images at once, as 500 do not fit in memory: coupled, they are others")
+        raise ValueError("coupled images depend on how many are drawn at once, and 500 do not fit "
+                         f"in memory: choose a number, such as --batch_size {size}")
     images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
                                refinement=refinement)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
-                           refinement=refinement, images=images)
+                           refinement=refinement, images=images,
+                           units=functools.partial(units, size=size, refinement=refinement))
 
 
 def sampling_flags(args, model):
@@ -429,10 +443,9 @@ def main():
     if world > 1:                                        # ranks meet once, at the end of hours
         join("gloo", timedelta(days=30))
 
-    turn = torch.arange(n) % len(ids)                    # image k: its class depends on k alone
-    labels = ids[turn]
+    labels = ids[torch.arange(n) % len(ids)]             # image k: its class depends on k alone
     index = labels.argsort(stable=True)                  # class by class
-    owner = (turn if job.refinement else torch.arange(n)) % world        # refined: whole classes
+    owner = job.units(labels) % world
     shares = [index[owner[index] == r] for r in range(world)]
     mine, began = shares[rank], time.time()
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=rank > 0 or None) as bar:

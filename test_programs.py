@@ -343,7 +343,8 @@ def test_classes_and_pictures_are_as_asked_for(own_run):
 
 
 @slack
-@every("refine", [[], ["--refine", "default", "--m", 30]])
+@every("refine", [[], ["--refine", "default", "--m", 30],
+                   ["--refine", "shared", "--m", 30, "--batch_size", 4]])
 def test_two_processes_draw_the_file_of_one(refine, own_run, run, tmp_path):
     flags = [*DRAW, "--n", 10, "--classes", 1, 2, 3, *refine, "--out"]
     two(tmp_path / "log", "sample", "--ckpt", own_run, *flags, tmp_path / "two.npz")
