@@ -560,7 +560,7 @@ def test_a_row_that_cannot_run_is_named_and_the_others_go_on(runs, quick_judge, 
     (["parts", "--ar", "AR", "AR", "--guide", "AR"], "AR, --guide would change nothing in parts"),
     (["parts", "--ar", "AR", "--solver", "euler"], "--solver euler does not fit"),
     (["parts", "--ar", "AR", "--n", "3"], "3 is out of range: at least 10"),
-    (["parts", "--ar", "AR", "--data_dir", "nowhere"], "nowhere"),
+    (["parts", "--ar", "AR", "--data_dir", "nowhere"], "--data_dir would change"),
 ])
 def test_bad_input_to_the_ablation_is_one_line_and_exit_code_2(runs, quick_judge, capsys, tmp_path,
                                                                given, message):

@@ -927,6 +927,8 @@ def test_fine_tuning_starts_from_averaged_weights_and_goes_on_without_the_file(
     assert new["config"] == {**old["config"], "dropout": 0.0}
     assert not any(o["state"] for o in new["optimizers"]), "fresh"
 
+    code, _, err = program(train, *flags, "--steps", 1, "--set", "dropout=0")
+    assert code == 0, err
     shutil.rmtree(source)
     code, shown, err = program(train, *flags, "--steps", 2, "--set", "dropout=0")
     assert code == 0 and "resuming" in shown and files.read_checkpoint(out)["step"] == 2, err

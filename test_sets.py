@@ -458,6 +458,8 @@ def test_a_set_from_files_is_trained_without_a_size_and_no_step_announces_no_los
     assert "9 tokens of 48, 36 training and 4 held-out images, 4 classes" in text
     assert "loss" not in text and not (tmp_path / "r" / "loss.png").exists()
     assert Image.open(tmp_path / "r" / "samples.png").mode == "RGB"
+    mine[mine.index("--steps") + 1] = 1
+    done(*mine)
     assert "nothing to train" in done(*mine, "--size", 12), "the same run"
     np.savez(tmp_path / "a.npz", **{**ARRAYS, "images": PIXELS[..., 0]})
     refused("1 channels, not those that the model was trained on", sample, "--ckpt",
