@@ -93,7 +93,8 @@ def test_batches_hold_whole_classes_or_equal_parts_of_a_large_one(monkeypatch):
         return [(len(part), classes) for part, (classes, _) in parts]
     some = torch.tensor([0] * 3 + [4] * 3 + [2] * 13 + [3] * 2)
     assert sizes(some, 8) == [(3, [0]), (7, [2]), (6, [2]), (2, [3]), (3, [4])]
-    assert sizes(some, 26) == [(16, [0, 2]), (5, [3, 4])] and sizes(some, 52) == [(21, [0, 2, 3, 4])]
+    assert sizes(some, 26) == [(16, [0, 2]), (5, [3, 4])]
+    assert sizes(some, 52) == [(21, [0, 2, 3, 4])]
 
 
 def test_shared_groups_do_not_depend_on_who_draws_them():
@@ -101,9 +102,10 @@ def test_shared_groups_do_not_depend_on_who_draws_them():
     group = sample.units(labels, 15, refinement)
     assert group.tolist() == [k // 3 for k in labels.tolist()]
     shares = [(group % 2 == r).nonzero()[:, 0] for r in range(2)]
-    parts = [[part.tolist() for part, _ in many.batches(labels, share, 15, SimpleNamespace(
-        refiner=lambda k: SimpleNamespace(targets=torch.zeros(1, 2, 3), axes=torch.zeros(1, 3, 3))))]
-        for share in (*shares, torch.arange(47))]
+    nothing = SimpleNamespace(targets=torch.zeros(1, 2, 3), axes=torch.zeros(1, 3, 3))
+    refinement.refiner = lambda k: nothing
+    parts = [[part.tolist() for part, _ in many.batches(labels, share, 15, refinement)]
+             for share in (*shares, torch.arange(47))]
     assert sorted(parts[0] + parts[1]) == sorted(parts[2]) and len(parts[2]) == 4
 
 
