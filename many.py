@@ -19,15 +19,15 @@ from ot_refine import Gaussian, exact
 
 
 def groups(labels, size):
-    """Which images share a map: a number for each of labels (n,), the same for as many whole classes
-    as a batch of `size` images holds, at least one."""
+    """Which images share a map: a number for each of labels (n,), the same for as many whole
+    classes as a batch of `size` images holds, at least one."""
     classes, at = labels.unique(return_inverse=True)
     return at // max(1, size // int(at.bincount().max()))
 
 
 def batches(labels, index, size, refinement):
-    """Parts of index, a group of all images each, or equal parts of a class larger than `size`, with
-    their refine(i, c)."""
+    """Parts of index, each with its refine(i, c): a group of all images, or equal parts of a class
+    larger than `size`."""
     group = groups(labels, size)[index]
     for g in group.unique():
         mine = index[group == g]
