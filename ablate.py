@@ -422,11 +422,11 @@ class Study:
         says so."""
         job, K, whole = self.jobs[row.model], len(self.data.class_names), torch.arange(len(labels))
         size = row.at_once * K or self.args.batch_size
-        blocks = whole.split(size) if row.at_once else [whole]
+        blocks, group = (whole.split(size), whole // size) if row.at_once else ([whole], None)
         wrap = row.control and functools.partial(row.control, refinement, seed)
         with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
             parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
-                                 refinement, bar.update, wrap) for index in blocks]
+                                 refinement, bar.update, wrap, group) for index in blocks]
         for index, part in zip(blocks[1:], parts[1:]):
             parts[0][index.numpy()] = part[index.numpy()]
         return parts[0]

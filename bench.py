@@ -481,7 +481,7 @@ class Bench:
             old = torch.optim.AdamW(model.parameters(), 1e-6, foreach=False, fused=False)
 
             def by_hand():                      # the same draws, and mask ratio, for both
-                draws = model.draw(batch, training.generator(self.device, args.seed, 0))
+                draws = model.randomness(batch, training.generator(self.device, args.seed, 0))
                 plain.step(ema, old, tokens, y.to(self.device), draws)
 
             def this():
@@ -503,7 +503,7 @@ class Bench:
                 refiners = {mode: Refinement(model, tokens_of, sampling, **options).refiner(0)
                             for mode, options in modes.items()}
                 fns = {mode: lambda refiner=refiner: draw(
-                           model, y, range(n), 0, lambda i, c, y: refiner(i, c), **sampling)
+                           model, y, range(n), 0, refiner, **sampling)
                        for mode, refiner in refiners.items()}
                 self.compare("refine", f"{name}, {solver} {steps}", fns, n)
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        shown = action.default not in (None, False, argparse.SUPPRESS)
+        shown = not any(action.default is z for z in (None, False, argparse.SUPPRESS))
+        shown = shown and action.default != []
         return super()._get_help_string(action) if shown else action.help
 
 

@@ -25,10 +25,10 @@ def groups(labels, size):
     return at // max(1, size // int(at.bincount().max()))
 
 
-def batches(labels, index, size, refinement):
-    """Parts of index, each with its refine(i, c): a group of all images, or equal parts of a class
-    larger than `size`."""
-    group = groups(labels, size)[index]
+def batches(labels, index, size, refinement, group=None):
+    """Parts of index, each with its refine: a group (n,) of all images, by default as `groups`
+    makes them, or equal parts of a class larger than `size`."""
+    group = (groups(labels, size) if group is None else group)[index]
     for g in group.unique():
         mine = index[group == g]
         refiners = {k: refinement.refiner(k) for k in labels[mine].unique().tolist()}
@@ -37,8 +37,8 @@ def batches(labels, index, size, refinement):
 
 
 def shared(refiners, y):
-    """refine(i, c) for a batch of classes y (B,), from {class: Refiner} of which the targets (N, m,
-    r) and the axes, of one generation order, are used."""
+    """refine(i, c, y) for a batch of classes y (B,), from {class: Refiner} of which the targets (N,
+    m, r) and the axes, of one generation order, are used."""
     targets, axes = [r.targets for r in refiners.values()], next(iter(refiners.values())).axes
     means = torch.stack([t.mean(1) for t in targets])                            # (K, N, r)
     # a class's mean takes one of its m observations with it
@@ -49,7 +49,7 @@ def shared(refiners, y):
     of = member.argmax(1)
 
     @torch.no_grad()
-    def refine(i, c):
+    def refine(i, c, y=None):
         with exact(c.device):
             full, to = c.to(axes.dtype), means[:, i][of]
             low = full @ axes[i]

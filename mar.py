@@ -166,7 +166,7 @@ class MAR(Generator):
         h = self.decoder_norm(self.decoder_blocks[-1](h, at + n_class, everywhere))
         return h + gather(self.diffusion_pos_embed_learned.expand(B, -1, -1), at)
 
-    def draw(self, n, generator):
+    def randomness(self, n, generator):
         """All randomness of a training step: an order, one mask ratio for all, and the head's."""
         cfg, device = self.cfg, generator.device
         # of the step, not of the image, so that every process masks as many
@@ -174,7 +174,7 @@ class MAR(Generator):
         ratio = truncated_normal(u, std=cfg.mask_std, low=cfg.mask_min)
         masked = max(1, math.ceil(ratio * cfg.n_tokens))
         order = torch.rand(n, cfg.n_tokens, generator=generator, device=device).argsort(1)
-        return {"order": order, **super().draw(n, generator, masked)}
+        return {"order": order, **super().randomness(n, generator, masked)}
 
     def loss(self, x, y, draws):
         order, n = draws["order"], draws["t"].shape[1]
@@ -378,9 +378,9 @@ class CDM(Generator):
         self.class_emb = nn.Embedding(cfg.num_classes + 1, cfg.n_embd)      # the last: no class
         nn.init.normal_(self.class_emb.weight, std=0.02)
 
-    def draw(self, n, generator):
+    def randomness(self, n, generator):
         """As for a patch, but with one use and one t per image."""
-        draws = super().draw(n, generator)
+        draws = super().randomness(n, generator)
         return {"drop": draws["drop"], "t": draws["t"][:, :1, 0], "eps": draws["eps"][:, :, 0]}
 
     def conditions(self, x, y, order=None, num_iter=None):

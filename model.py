@@ -1,7 +1,7 @@
 """The generators: AR (causal) here, MAR and CDM in mar.py; one interface for all three.
 
     loss(x, y, draws)          the diffusion loss of tokens x (B, N, D) under labels y (B,)
-    draw(n, generator)         all the randomness of a training step, a dict of (n, ...) tensors
+    randomness(n, generator)   of a training step: a dict of (n, ...) tensors
     conditions(x, y, order)    teacher-forced conditions c (B, N, C) by place: what the head is
                                given when the known patches are real
     generate(y, noise, ...)    tokens (B, N, D): Algorithm 1; `refine` moves each condition
@@ -191,7 +191,7 @@ class Generator(nn.Module):
     def device(self):
         return next(self.parameters()).device
 
-    def draw(self, n, generator, per_image=None):
+    def randomness(self, n, generator, per_image=None):
         """t and eps for `per_image` (all) tokens of each of n images, and which labels go."""
         at = {"generator": generator, "device": generator.device}
         uses = (n, per_image or self.cfg.n_tokens, self.cfg.diffusion_batch_mul)

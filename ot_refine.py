@@ -113,6 +113,8 @@ def divergence(x, y, reg, n_iter=1000, tol=1e-6):
     x (n, C), y (m, C), reg absolute. Its gradient in x is -2 / n (T(x) - x), T the debiased map.
     Equals `ot.solve_sample(x, y, reg=reg, debias=True).value` of POT. Feydy et al. 2019.
     """
+    reg = torch.as_tensor(reg, dtype=x.dtype, device=x.device).clamp_min(1e-30)  # equal points: 0
+
     def entropic(x, y):                    # f, g are constant: the gradient in cost is the plan's
         cost = sq_cost(x, y)
         f, g = (sinkhorn(cost.detach(), reg, None, n_iter, tol) if x is not y else
@@ -264,19 +266,21 @@ def principal_axes(targets, rank):
 
 
 class Refiner:
-    """refine(i, c) -> c' (n, C): the conditions c of one class at place i, moved to its targets.
+    """refine(i, c, y) -> c' (n, C): conditions c of one class at place i, moved to its targets (y,
+    their class, is not looked at).
 
     axes (N, C, r); targets (N, m, r), in these axes; the rest of a condition stays as it is. reg:
     see Sinkhorn.fit. For lam > 0 inverse(i, c) -> a (n, C) is T^-1(x_hat(c)): the paper's name for
     the condition that a patch reveals, not the inverse of the map T.
-    CHOICE(coupling): frozen=False fits each map on the very conditions that it moves: the literal,
-    coupled Algorithm 1. The maps are kept, and frozen=True applies them, so that every image is
-    refined on its own. Flag: --coupled.
+    CHOICE(coupling): at first each map is fitted on the very conditions that it moves: the literal,
+    coupled Algorithm 1. The maps are kept; a Refiner that has loaded such (`load`) applies them, so
+    that every image is refined on its own. Flag: --coupled.
     """
 
     def __init__(self, axes, targets, stages=stages(), reg=0.2, lam=0.0, inverse=None):
         for name in dict(stages):
             T = MAPS[name]
+            # "in dir": a class has a __call__ of its own type, too
             if not (is_dataclass(T) and hasattr(T, "fit") and "__call__" in dir(T)):
                 raise ValueError(f"the map {name!r} must be a dataclass of tensors with a "
                                  "classmethod fit(c, target, reg) and a __call__(z), as in MAPS")
@@ -286,22 +290,23 @@ class Refiner:
         self.lam, self.inverse, self.maps, self.frozen = lam, inverse, {}, False
 
     @torch.no_grad()
-    def __call__(self, i, c):
+    def __call__(self, i, c, y=None):
         if not self.stages:
             return c
         with exact(c.device):
-            full, axes, T = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
+            full, axes, maps = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
             z = low = full @ axes                                              # (n, r)
             lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
             if not self.frozen:
-                T = self.maps[i] = []                              # a map for each stage, to come
+                maps = self.maps[i] = []                           # a map for each stage, to come
                 check_finite(z, i)
 
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
                 if not self.frozen:
-                    T.append(MAPS[name].fit(z, self.targets[i], self.reg))     # line 7
-                to = T[k](z) if self.frozen else getattr(T[k], "own", T[k])(z)
+                    maps.append(MAPS[name].fit(z, self.targets[i], self.reg))  # line 7
+                T = maps[k]
+                to = T.own(z) if hasattr(T, "own") and not self.frozen else T(z)
                 z = jko_step(z, to, eta, self.lam, a)                          # line 8
             return lift(z).to(c.dtype)
 
@@ -374,7 +379,8 @@ def lesson(K=8, eta=0.25, reg=0.2, path="out/lesson.png"):
             flow.append(jko_step(flow[-1], T.fit(flow[-1], target, reg).own(flow[-1]), eta))
 
     far = lambda z: divergence(z, target, reg=0.05, tol=1e-3).item()
-    print(f"{len(c)} particles, K = {K} steps of eta = {eta}, reg = {reg} of the mean cost")
+    print(f"{len(c)} particles, K = {K} steps of eta = {eta}, reg = {reg} of the mean "
+          f"cost; rate of the exact map 1 / (1 + 2 eta) = {1 / (1 + 2 * eta):.3f}")
     print("step  divergence: debiased   biased   exact map, rate^2k")
     for k, (a, b) in enumerate(zip(*flows.values())):
         print(f"{k:4}  {far(a):20.4f} {far(b):8.4f} {far(c) / (1 + 2 * eta) ** (2 * k):20.4f}")

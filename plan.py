@@ -51,7 +51,7 @@ def one_image(model):
     """x, y, draws of one image; of mar, the draw with the median number of masked tokens."""
     cfg = model.cfg
     seeds = range(31 if cfg.kind == "mar" else 1)
-    draws = [model.draw(1, torch.Generator().manual_seed(k)) for k in seeds]
+    draws = [model.randomness(1, torch.Generator().manual_seed(k)) for k in seeds]
     draws = sorted(draws, key=lambda d: d["t"].shape[1])[len(draws) // 2]
     x, y = empty(1, cfg.n_tokens, cfg.token_dim), empty(1, dtype=torch.long)
     return x, y, {name: z.to("meta") for name, z in draws.items()}
@@ -225,8 +225,8 @@ def describe(cfg, share, global_batch, steps, recompute=False):
           "an assumption)")
     if cfg.kind == "cdm":
         return
-    held, peak = refinement_bytes(cfg, 1000, 2000)
-    print(f"refinement, frozen, 1000 reference images of a class and 2000 that calibrate: "
+    held, peak = refinement_bytes(cfg, 500, 1000)
+    print(f"refinement, frozen, 500 reference images of a class and 1000 that calibrate: "
           f"{gib(held)} for the class at work, {gib(peak)} at the peak")
     held, peak = shared_bytes(cfg, M, CLASSES)
     references = M * reference_flops(cfg, num_iter)

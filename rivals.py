@@ -288,10 +288,10 @@ class ContextNoise(AR):
     """The known patches carry noise of a uniform level per image, up to MOST; targets are clean."""
     MOST = 0.5
 
-    def draw(self, n, generator):
+    def randomness(self, n, generator):
         at = {"generator": generator, "device": generator.device}
         shape = (n, self.cfg.n_tokens, self.cfg.token_dim)
-        return {**super().draw(n, generator), "level": torch.rand(n, 1, 1, **at),
+        return {**super().randomness(n, generator), "level": torch.rand(n, 1, 1, **at),
                 "noise": torch.randn(*shape, **at)}
 
     def context(self, x, y, draws):

@@ -120,6 +120,7 @@ class Refinement:
     seed: int = 0                   # of the calibration's noise and of mar's orders
     folder: Path | None = None      # where targets and maps are kept
     origin: dict | None = None
+    spent: float = 0.0              # seconds that axes, targets and maps took
 
     def __post_init__(self):
         if self.model.cfg.kind == "cdm":
@@ -164,12 +165,14 @@ class Refinement:
 
     def targets(self, k):
         """(N, m, r): the ideal conditions of class k in the axes of its places."""
+        axes = self.axes
+
         def make():
             c = self.conditions(k, self.m)
             if c.shape[1] < 25:
                 self.say("warning: with less than 25 reference images of a class its refined "
                          "images may be worse than unrefined ones")
-            return torch.bmm(c, self.axes[self.order(k)])
+            return torch.bmm(c, axes[self.order(k)])
         return self.kept(f"targets-{k}", self.targets_depend_on, make)
 
     def refiner(self, k):
@@ -188,7 +191,7 @@ class Refinement:
             if n < most:
                 self.say(f"{n} images calibrate a class, as {most} do not fit in memory")
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
-                 lambda i, c, y: refiner(i, c), **self.sampling, order=order.expand(n, -1))
+                 refiner, **self.sampling, order=order.expand(n, -1))
             return refiner.state()
         return refiner.load(self.kept(f"maps-{k}", self.maps_depend_on, calibrate))
 
@@ -202,7 +205,8 @@ class Refinement:
             except ValueError as error:
                 self.say(f"the {kind} in {self.folder} {error}: computing anew")
 
-        value = make()
+        began, value = time.time(), make()
+        self.spent += time.time() - began
         copies = 1 if kind == "axes" else self.model.cfg.num_classes
         if self.folder and sum(z.nbytes for z in tensors(value)) * copies <= KEEP:
             try:
@@ -214,9 +218,10 @@ class Refinement:
 
 
 def code_digest():
-    """Of the code that conditions, targets and maps pass through."""
-    names = ("model.py", "mar.py", "diffloss.py", "ot_refine.py", "sample.py", "fast.py")
-    files = [Path(__file__).with_name(name) for name in names]
+    """Of the code that references, conditions, targets and maps pass through."""
+    names = ("data", "sets", "latents", "vae", "model", "mar", "diffloss", "ot_refine", "sample",
+             "fast", "many")
+    files = [Path(__file__).with_name(f"{name}.py") for name in names]
     return sha256(file.read_bytes() for file in files if file.exists())
 
 
@@ -246,7 +251,7 @@ def units(labels, size, refinement=None):
     return labels.unique(return_inverse=True)[1]
 
 
-def batches(labels, index, size, refinement=None):
+def batches(labels, index, size, refinement=None, group=None):
     """Parts of index, of at most `size` images, each with the Refiner of its class or None. A
     refined class is drawn on its own, in equal parts, as coupled maps want it."""
     if refinement is None:
@@ -254,7 +259,7 @@ def batches(labels, index, size, refinement=None):
         return
     if refinement.method == "shared":                                # of many classes
         import many
-        yield from many.batches(labels, index, size, refinement)
+        yield from many.batches(labels, index, size, refinement, group)
         return
     for k in labels[index].unique().tolist():
         mine, refiner = index[labels[index] == k], refinement.refiner(k)
@@ -262,17 +267,18 @@ def batches(labels, index, size, refinement=None):
 
 
 def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, refinement=None,
-                tick=lambda n: None, wrap=None):
+                tick=lambda n: None, wrap=None, group=None):
     """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
 
     decode: tokens (B, N, D) -> uint8 images, or latents: see data.decoder; sampling: options of
-    `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls.
+    `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls;
+    group (n,): which images share a map, if not as many.groups says.
     """
     images = None
-    for part, refiner in batches(labels, index, batch_size, refinement):
+    for part, refiner in batches(labels, index, batch_size, refinement, group):
         y, options = labels[part], dict(sampling)
         if refiner:
-            options["refine"] = lambda i, c, y: refiner(i, c)
+            options["refine"] = refiner
             options["order"] = refinement.order(y[0].item()).expand(len(y), -1)
         if wrap:
             options["refine"] = wrap(options.get("refine"), y, part)
@@ -308,7 +314,7 @@ def parse_args(argv=None):
     add("--out", help=".png or .npz (default: sample.png, or .npz of latents, beside --ckpt)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--device", default="auto", help="auto, cpu, cuda ...")
-    add("--solver", help="ddpm (the default: random), ddim, dpm++ (for few steps)")
+    add("--solver", help="ddpm (default; fresh noise in every step), ddim, dpm++ (for few)")
     add("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the head per patch")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
     add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
@@ -455,7 +461,8 @@ def main():
     if rank > 0:
         return
 
-    seconds = max(time.time() - began, 1e-6)
+    spent = job.refinement.spent if job.refinement else 0.0
+    seconds = max(time.time() - began - spent, 1e-6)
     if out.suffix == ".npz":
         keys = ("arr_0", "arr_1") if images.dtype == np.uint8 else ("latents", "labels")
         arrays = dict(zip(keys, (images, labels.numpy())))
@@ -463,7 +470,8 @@ def main():
     else:
         write_png(out, image_grid(images[index.numpy()], min(10, n // len(ids) or n)))
     what = "images" if images.dtype == np.uint8 else f"latents {images.shape[1:]}, unscaled,"
-    print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second), {args.steps} steps, "
+    print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second)"
+          + f" after {spent:.1f} s of calibration" * (spent > 0) + f", {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
 
 

@@ -48,7 +48,7 @@ def test_sampling_equals_the_plain_path(name, cfg_scale):
 def test_training_equals_the_plain_path(name):
     model, y = tiny(name), torch.arange(5)
     x = torch.randn(5, 16, 4, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
-    draws = model.draw(5, torch.Generator().manual_seed(2))
+    draws = model.randomness(5, torch.Generator().manual_seed(2))
     losses, grads = [], []
     for loss in (model.loss(x, y, draws), bench.Plain(model).loss(x, y, draws)):
         model.zero_grad()

@@ -111,7 +111,7 @@ def test_every_preset_builds_and_the_blocks_of_gpt_xl_have_731_million_parameter
 
 def test_the_loss_reaches_every_parameter_and_a_batch_s_is_the_mean_over_its_halves():
     m, (x, y) = tiny(), tokens(8)
-    draws = m.draw(8, torch.Generator().manual_seed(0))
+    draws = m.randomness(8, torch.Generator().manual_seed(0))
     draws["drop"][:2] = True
     whole = m.loss(x, y, draws)
     halves = [m.loss(x[h], y[h], {k: v[h] for k, v in draws.items()})

@@ -110,7 +110,7 @@ def test_bf16_is_used_where_the_gpu_has_it_and_not_where_it_is_emulated(native, 
 @every("name", NAMES)
 def test_losses_under_cuda_s_autocast_are_near_those_of_fp32_and_their_gradients_are_fp32(name):
     model, y = tiny(name), torch.arange(16) % 10
-    x, draws = real(0, 16), model.draw(16, torch.Generator().manual_seed(1))
+    x, draws = real(0, 16), model.randomness(16, torch.Generator().manual_seed(1))
     want = model.loss(x, y, draws)
     with cuda_rules():
         got = model.loss(x, y, draws)
@@ -218,7 +218,7 @@ def test_an_ar_step_of_the_transformer_takes_few_kernels(name, most):
 @every("name, most", [("gpt-tiny", 770), ("mar-tiny", 1050)])
 def test_a_training_pass_takes_few_kernels(name, most):
     model = tiny(name).train()
-    draws = model.draw(8, torch.Generator().manual_seed(0))
+    draws = model.randomness(8, torch.Generator().manual_seed(0))
     with counted() as watch, cuda_rules():
         model.loss(real(0, 8), torch.arange(8), draws).sum().backward()
     assert watch.kernels <= most, watch.kernels
@@ -445,7 +445,7 @@ def test_the_loss_compiles_without_graph_breaks_and_is_not_compiled_again(name, 
     model = tiny(name, n_layer=1, head_depth=1, dropout=0.1).train()
     loss = torch.compile(model, backend="eager", fullgraph=True)        # raises at a graph break
     for seed in range(3 if graphs == 1 else 12):
-        draws = model.draw(4, torch.Generator().manual_seed(seed))
+        draws = model.randomness(4, torch.Generator().manual_seed(seed))
         loss(real(0, 4), torch.arange(4), draws)
     assert counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
 
@@ -549,7 +549,7 @@ def test_on_fake_cuda_graphs_in_bf16_are_what_is_drawn_from(name, fake_cuda):
 def test_on_fake_cuda_the_loss_is_fp32_under_autocast(name, fake_cuda):
     make, watch = fake_cuda
     model = make(lambda: build(preset(name, grid=4, num_classes=10)).train())
-    draws, y = model.draw(4, Stream(CUDA)), torch.zeros(4, dtype=torch.long, device=CUDA)
+    draws, y = model.randomness(4, Stream(CUDA)), torch.zeros(4, dtype=torch.long, device=CUDA)
     watch.waits.clear()
     with train.amp(CUDA):
         loss = model.loss(torch.randn(4, 16, 16, device=CUDA), y, draws)
@@ -637,7 +637,7 @@ def test_on_a_gpu_graphs_equal_the_eager_path(name, refined, capsys):
 @every("name", NAMES)
 def test_on_a_gpu_losses_and_gradients_are_near_the_cpu_s(name):
     model, y = tiny(name), torch.arange(8)
-    x, draws = real(0, 8), model.draw(8, torch.Generator().manual_seed(0))
+    x, draws = real(0, 8), model.randomness(8, torch.Generator().manual_seed(0))
     model.loss(x, y, draws).sum().backward()
     want = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()

@@ -263,7 +263,7 @@ def test_a_rival_trains_on_a_spoilt_context_and_clean_targets_and_is_judged_as_a
     plain = build(cfg)
     plain.load_state_dict(model.state_dict())
     x, y = randn(6, 4, 64).clamp(-1, 1), torch.arange(6)
-    draws = model.draw(6, torch.Generator().manual_seed(0))
+    draws = model.randomness(6, torch.Generator().manual_seed(0))
     want = plain.loss(x, y, draws)
     assert torch.equal(model.eval().loss(x, y, draws), want)
     y = model.with_null(y, draws["drop"])

@@ -1003,7 +1003,7 @@ def test_512_pixels_with_1024_tokens_train_and_sample(name):
     m = build(preset(name, grid=32, n_embd=32, n_head=2, n_layer=1, num_classes=10,
                      **({} if name == "cdm-tiny" else {"head_depth": 1})))
     x, y = torch.randn(2, 1024, 16, generator=gen()), torch.tensor([0, 1])
-    loss = m.loss(x, y, m.draw(2, gen())).sum()
+    loss = m.loss(x, y, m.randomness(2, gen())).sum()
     loss.backward()
     m.diffloss.x0_bound = 5.0
     options = {"num_iter": 8} if name == "mar-tiny" else {}

@@ -100,7 +100,7 @@ def test_tiny_presets_are_equal_within_five_percent():
 
 def draws_with_context(m, n):
     """The draws of a training step; mar: of the first one that leaves some patches known."""
-    steps = (m.draw(n, gen(k)) for k in range(99))
+    steps = (m.randomness(n, gen(k)) for k in range(99))
     return next(d for d in steps if m.cfg.kind == "cdm" or d["t"].shape[1] < m.cfg.n_tokens)
 
 
@@ -120,7 +120,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_halves(name):
     """What gradient accumulation and data parallelism rest on."""
     m = tiny(name)
     x, y = tokens(8, m)
-    draws = m.draw(8, gen())
+    draws = m.randomness(8, gen())
     halves = [m.loss(x[h], y[h], {k: v[h] for k, v in draws.items()})
               for h in (slice(0, 4), slice(4, 8))]
     whole = m.loss(x, y, draws)

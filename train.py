@@ -230,7 +230,7 @@ def train_step(step, model, ddp, ema, optimizers, dataset, args, world):
     mine = slice(world.rank * share, (world.rank + 1) * share)
     index = batch_indices(step, args.global_batch, len(dataset.train), args.seed)[mine]
     # draws of the whole batch: the same however it is shared out
-    draws = model.draw(args.global_batch, generator(device, args.seed, step))
+    draws = model.randomness(args.global_batch, generator(device, args.seed, step))
     draws = {name: z[mine].chunk(args.accumulate) for name, z in draws.items()}
     torch.manual_seed(hash((args.seed, step, world.rank)))                   # dropout
 
@@ -274,9 +274,9 @@ def heldout_loss(ema, dataset, args, device, batch=128):
     n, total = min(args.settings["eval_images"], len(dataset.heldout)), 0.0
     for k in range(0, n, batch):
         x, y = dataset.heldout.batch(torch.arange(k, min(k + batch, n)))
-        x, draws = patchify(x, dataset.patch).to(device), ema.draw(len(y), generator(device, k))
+        x, draws = patchify(x, dataset.patch), ema.randomness(len(y), generator(device, k))
         with amp(device):
-            total += ema.loss(x, y.to(device), draws).item() * len(y)
+            total += ema.loss(x.to(device), y.to(device), draws).item() * len(y)
     return total / n
 
 
