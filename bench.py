@@ -514,7 +514,8 @@ class Bench:
                 self.sampling("gpu", name, batch, 3.0, 64 if "mar" in name else None)
         self.train((("mar-l", 64, 16),))
 
-    def roofline(self):
+    @staticmethod
+    def roofline():
         """What `gpu` may be expected to measure on an H100, counted."""
         print("\n| an AR step, counted | kernels: eager, fused | images/s: eager | graphs "
               "| graphs, fused | limit | FLOPs alone |\n" + "|---" * 7 + "|")
@@ -553,13 +554,16 @@ def main():
                    help=f"{', '.join(EVERY)}, gpu, or all (default: {', '.join(QUICK)})")
     p.add_argument("--runs", type=number(int, 1), default=3, help="runs; their median counts")
     p.add_argument("--device", default="cpu", help="cpu, cuda ...")
-    p.add_argument("--threads", type=number(int, 1), default=1, help="CPU threads")
+    p.add_argument("--threads", type=number(int, 1, 1024), default=1, help="CPU threads")
     p.add_argument("--json", metavar="FILE", help="write the rows here too, a line each")
     args = p.parse_args()
     which = list(EVERY) if "all" in args.which else args.which or list(QUICK)
     for name in which:
         if name not in (*EVERY, "gpu"):
             raise ValueError(f"no benchmark {name!r}; choose from {', '.join(EVERY)}, gpu, all")
+    if which == ["roofline"]:                            # counted, not timed
+        args.check_used()
+        return Bench.roofline()
     device = pick_device(args.device)
     if "gpu" in which and device.type != "cuda":
         raise ValueError("gpu measures models of 200 to 900M parameters on a GPU: add --device "

@@ -506,10 +506,11 @@ def check_run(state, path):
                          f"to fine-tune them: --init {path}, with another --out_dir")
     try:
         check_fields(state, {"optimizers": list, "records": list, "args": dict})
+        check_fields(state["data"], {"n_train": int})
         for record in state["records"]:
             check_fields(record, {"step": int, "loss": float, "heldout_loss": float})
-        if state["step"] < 0:
-            raise ValueError(f"step = {state['step']}")
+        if not 0 <= max(r["step"] for r in [*state["records"], state]) <= state["step"]:
+            raise ValueError(f"step = {state['step']}, with records beyond it")
     except ValueError as error:
         raise ValueError(f"{path} holds no run that could be resumed: {error}") from None
 

@@ -76,7 +76,8 @@ def parse_args(argv=None):
                                        "an export, MAR's .pth or .safetensors")
     add("--out_dir", default="out", help="where the run lives")
     add("--steps", type=number(int, 0), default=2400, help="optimiser steps in all")
-    add("--global_batch", type=number(int, 1), default=64, help="images per step, all processes")
+    add("--global_batch", type=number(int, 1, 2 ** 20), default=64,
+        help="images per step, all processes")
     add("--accumulate", type=number(int, 1), default=1,
         help="parts that a process's batch is cut into: less memory, the same result")
     add("--lr", type=number(float, 0, 10), default=2e-3, help="peak learning rate")
@@ -317,8 +318,8 @@ def resume(path, model, ema, optimizers, dataset, args):
     def decisive(args, config, data):
         flags = {k: v for k, v in args.items() if k not in FREE}
         return {**flags, **config, "classes": data["class_names"], "images": data["n_train"],
-                "latents": [(data["vae"] or {}).get("fingerprint"),
-                            f"scale {(data['vae'] or {}).get('scale') or 1:.5g}"]}
+                "latents": [(data.get("vae") or {}).get("fingerprint"),
+                            f"scale {(data.get('vae') or {}).get('scale') or 1:.5g}"]}
 
     absent = {f.name: f.default for f in fields(Config)}             # in an older checkpoint
     old = decisive(state["args"], absent | state["config"], state["data"])
@@ -329,18 +330,32 @@ def resume(path, model, ema, optimizers, dataset, args):
         raise ValueError(f"{path} holds another run ({'; '.join(changed)}); repeat its flags to "
                          "resume it or choose another --out_dir")
 
+    if len(state["optimizers"]) != len(optimizers):
+        raise ValueError(f"{path} holds {len(state['optimizers'])} optimisers, this run has "
+                         f"{len(optimizers)}; it may be damaged")
     try:
-        for part, saved in zip((model, ema, *optimizers),
-                               (state["model"], state["ema"], *state["optimizers"]), strict=True):
-            part.load_state_dict(saved)
-        for o in optimizers:
-            kept = [(p, z) for p, held in o.state.items() for z in held.values()]
-            if bool(kept) != bool(state["step"]) or any(z.shape not in (p.shape, ())
-                                                        for p, z in kept):
-                raise ValueError(f"the moments of {type(o).__name__} are of other shapes")
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(optimizers, state["optimizers"]):
+            load_moments(optimizer, saved, state["step"])
     except (RuntimeError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not fit the run that it names: {error}") from None
     return state["step"], state["records"]
+
+
+def load_moments(optimizer, saved, step):
+    """Load the state of an optimiser after `step` steps; its settings follow from the flags.
+    ValueError if it is not that of each parameter."""
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update(own)
+    names = {"momentum"} if isinstance(optimizer, Muon) else {"step", "exp_avg", "exp_avg_sq"}
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        held = optimizer.state.get(p, {})
+        if set(held) != (names if step else set()) or not all(
+                z.shape in (p.shape, ()) and z.is_floating_point() for z in held.values()):
+            raise ValueError(f"the moments of {type(optimizer).__name__} are of other shapes")
 
 
 def save(path, model, ema, optimizers, step, records, dataset, args):
