@@ -206,7 +206,11 @@ def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
         torch.manual_seed(seed)
         net = Classifier(images.shape[3], int(labels.max()) + 1)
     if path.exists():
-        net.load_state_dict(read_weights(path, "classifier (delete it to train it again)"))
+        weights = read_weights(path, "classifier (delete it to train it again)")
+        try:
+            net.load_state_dict(weights)
+        except RuntimeError:
+            raise ValueError(f"{path} holds other weights: delete it to train it again") from None
         return net.eval().requires_grad_(False)
 
     threads = torch.get_num_threads()

@@ -210,6 +210,10 @@ def test_the_classifier_is_seeded_and_its_cache_names_its_data_and_its_code(
         f.write_bytes(b"damaged")
     with pytest.raises(ValueError, match="no readable classifier .delete it to train it again"):
         fit(x)
+    for f in (tmp_path / "a").iterdir():
+        torch.save({"foreign": torch.ones(3)}, f)
+    with pytest.raises(ValueError, match="holds other weights: delete it to train it again"):
+        fit(x)
     monkeypatch.setattr(ev, "jitter", lambda x, generator: x)       # as if it had been edited
     assert not torch.equal(fit(x), first)
 
