@@ -35,6 +35,7 @@ import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std
 from files import add_line, output_folder, read_lines, write_png, write_text
+from many import Shared
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
                     late_epsilon_scaling, one_evaluation, shuffled, tuning, whole_trajectory)
@@ -394,7 +395,9 @@ class Study:
         began, found = self.clock(), None
         if how:
             model = self.jobs[row.model].model
-            found = Refinement(model, tokens_of(self.data), row.sampling, **how)
+            shared = how["method"] == "shared"
+            found = (Shared if shared else Refinement)(model, tokens_of(self.data), row.sampling,
+                                                       **how)
             found.refiner = functools.cache(found.refiner)       # one calibration for all seeds
             for k in range(len(self.data.class_names)):
                 found.refiner(k)
@@ -422,11 +425,13 @@ class Study:
         says so."""
         job, K, whole = self.jobs[row.model], len(self.data.class_names), torch.arange(len(labels))
         size = row.at_once * K or self.args.batch_size
-        blocks, group = (whole.split(size), whole // size) if row.at_once else ([whole], None)
+        blocks = whole.split(size) if row.at_once else [whole]
+        if row.at_once and row.refine and row.refine["method"] == "shared":
+            refinement.groups = lambda labels, size: whole // size           # a block shares a map
         wrap = row.control and functools.partial(row.control, refinement, seed)
         with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
             parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
-                                 refinement, bar.update, wrap, group) for index in blocks]
+                                 refinement, bar.update, wrap) for index in blocks]
         for index, part in zip(blocks[1:], parts[1:]):
             parts[0][index.numpy()] = part[index.numpy()]
         return parts[0]

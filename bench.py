@@ -332,7 +332,7 @@ def roofline(name, batch, num_iter, **sampling):
           patch.object(F, "scaled_dot_product_attention", count.attention)):
         model = fast.low(build(preset(name)).eval())
         cfg, head, places = model.cfg, model.diffloss, model.places(num_iter)
-        head.net.along = functools.partial(head.net.along, rows=4096)
+        fast.look_ahead(model, 4096)
         a, b = places[len(places) // 2]
         y, at = torch.zeros(2 * batch, dtype=torch.long), torch.zeros(2 * batch, b).long()
         x, h = torch.zeros(2 * batch, a, cfg.token_dim), torch.zeros(2 * batch, 1, cfg.n_embd)

@@ -110,30 +110,13 @@ class DenoisingMLP(nn.Module):
     def forward(self, x_t, t, c):
         return self.denoise(x_t, self.modulations(self.embed_time(t) + self.cond_embed(c)))
 
-    def along(self, ts, c, rows=1024):
-        """`forward` as a function (x_t, t: int) of one trajectory, whose steps `ts` (a list, in
-        order) and condition c (..., C) are known. x_t may lack leading dimensions of c: the
-        branches of guidance.
-
-        The modulations do not depend on x_t: they are computed for as many steps ahead as make
-        `rows` rows, so that with few rows their weights, 3/5 of all, are not read once a step.
-        Twice as fast at batch 1 (bench.py); the same values.
-        """
-        ahead = max(1, rows // c.shape[:-1].numel())
+    def along(self, ts, c):
+        """`forward` as a function (x_t, t: int) of one trajectory, whose steps `ts` (a list) and
+        condition c (..., C) are known and embedded once. x_t may lack leading dimensions of c: the
+        branches of guidance."""
         cond, time = self.cond_embed(c), self.time_embed(on_device(tuple(ts), c.device))
-        ready = {}
-
-        def denoise(x_t, t):
-            if t not in ready:
-                j = ts.index(t)
-                ready.clear()
-                y = time[j:j + ahead].view(-1, *(1,) * (c.dim() - 1), time.shape[-1]) + cond
-                # per block (shift, gain, gate) of `ahead` steps -> per step those of all blocks
-                mods = [zip(*(part.unbind(0) for part in mod)) for mod in self.modulations(y)]
-                ready.update(zip(ts[j:j + ahead], zip(*mods)))
-            return self.denoise(x_t, ready[t])
-
-        return denoise
+        time = dict(zip(ts, time))
+        return lambda x_t, t: self.denoise(x_t, self.modulations(time[t] + cond))
 
 
 @cache

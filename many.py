@@ -16,45 +16,48 @@ It is coupled: nothing is calibrated, and nothing is kept but the targets.
 import torch
 
 from ot_refine import Gaussian, exact
+from sample import Refinement
 
 
-def groups(labels, size):
-    """Which images share a map: a number for each of labels (n,), the same for as many whole
-    classes as a batch of `size` images holds, at least one."""
-    classes, at = labels.unique(return_inverse=True)
-    return at // max(1, size // int(at.bincount().max()))
+class Shared(Refinement):
+    """A Refinement whose groups are as many whole classes as a batch holds, at least one, and share
+    a map and an order."""
+
+    def __post_init__(self):
+        self.method, self.coupled = "gaussian", True
+        super().__post_init__()
+        self.targets_depend_on["orders"] += ["of class 0"]
+
+    def order(self, k):
+        return super().order(0)
+
+    def groups(self, labels, size):
+        classes, at = labels.unique(return_inverse=True)
+        return at // max(1, size // int(at.bincount().max()))
+
+    def refine_of(self, y):
+        return shared({k: self.refiner(k) for k in y.unique().tolist()})
 
 
-def batches(labels, index, size, refinement, group=None):
-    """Parts of index, each with its refine: a group (n,) of all images, by default as `groups`
-    makes them, or equal parts of a class larger than `size`."""
-    group = (groups(labels, size) if group is None else group)[index]
-    for g in group.unique():
-        mine = index[group == g]
-        refiners = {k: refinement.refiner(k) for k in labels[mine].unique().tolist()}
-        for part in mine.tensor_split(-(-len(mine) // size)):
-            yield part, shared(refiners, labels[part])
-
-
-def shared(refiners, y):
-    """refine(i, c, y) for a batch of classes y (B,), from {class: Refiner} of which the targets (N,
-    m, r) and the axes, of one generation order, are used."""
+def shared(refiners):
+    """refine(i, c, y) for a batch of the classes of {class: Refiner}, of which the targets (N, m,
+    r) and the axes, of one generation order, are used."""
     targets, axes = [r.targets for r in refiners.values()], next(iter(refiners.values())).axes
+    classes = torch.tensor(list(refiners), device=axes.device)
     means = torch.stack([t.mean(1) for t in targets])                            # (K, N, r)
     # a class's mean takes one of its m observations with it
     rest = torch.cat([(t - mean[:, None]) * (t.shape[1] / max(t.shape[1] - 1, 1)) ** 0.5
                       for t, mean in zip(targets, means)], 1)                    # (N, K m, r)
     m = rest.shape[1] / len(means)
-    member = (y[:, None] == torch.tensor(list(refiners))).to(axes.device).float()     # (B, K)
-    of = member.argmax(1)
 
     @torch.no_grad()
-    def refine(i, c, y=None):
+    def refine(i, c, y):
         with exact(c.device):
-            full, to = c.to(axes.dtype), means[:, i][of]
+            member = (y[:, None] == classes).to(axes.dtype)                      # (B, K)
+            full, to = c.to(axes.dtype), member @ means[:, i]
             low = full @ axes[i]
             d = low - to
-            d = d - own_shifts(d, member, rest[i].var(0) / m)[of]
+            d = d - member @ own_shifts(d, member, rest[i].var(0) / m)
             d = Gaussian.fit(d, rest[i])(d)
             return (full + (d + to - low) @ axes[i].T).to(c.dtype)
 

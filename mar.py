@@ -262,13 +262,13 @@ class MAR(Generator):
         return c.float().chunk(2)
 
 
-def read_inpaint(args, model, facts, device):
+def read_inpaint(args, model, facts):
     """Options of MAR.generate that fill the white part of --mask in the image --inpaint; what is
     black or transparent is kept.
 
     facts: the checkpoint's data facts. A token that the mask touches is filled whole.
     """
-    kind, size = model.cfg.kind, facts["size"]
+    kind, size, device = model.cfg.kind, facts["size"], model.device
     if kind != "mar":
         raise ValueError(f"--inpaint needs a mar model: a model of kind {kind} cannot condition on "
                          "an arbitrary part of an image")

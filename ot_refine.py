@@ -237,20 +237,19 @@ def jko_step(c, to, eta, lam=0.0, a=0.0):
     return (keep * c + to + lam * a) / (keep + 1 + lam)
 
 
-METHODS = ("none", "default", "shared", *MAPS)
+METHODS = ("none", "default", *MAPS)
 
 
 def stages(method="default", K=2, eta=2.0):
     """((map, eta), ...) that a condition goes through. default: the whole Gaussian map, then K
-    Sinkhorn steps; gaussian, shared (many.py): its whole map; another: K steps of it; none, K = 0
-    or eta = 0: ()."""
+    Sinkhorn steps; gaussian: its whole map; another: K steps of it; none, K = 0, eta = 0: ()."""
     if method not in METHODS:
         raise ValueError(f"--refine {method!r}; choose one of {', '.join(METHODS)}")
     if method == "none" or K == 0 or eta == 0:
         return ()
-    whole, steps = ("gaussian", math.inf), lambda name: ((name, eta),) * K
-    known = {"gaussian": (whole,), "shared": (whole,), "default": (whole, *steps("sinkhorn"))}
-    return known.get(method) or steps(method)
+    whole, steps = (("gaussian", math.inf),), ((method, eta),) * K
+    special = {"gaussian": whole, "default": (*whole, *(("sinkhorn", eta),) * K)}
+    return special.get(method, steps)
 
 
 def principal_axes(targets, rank):

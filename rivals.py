@@ -91,7 +91,7 @@ class Nearest:
 
 RIVALS = {"mean": Mean, "meanvar": MeanVar, "ema": EMA, "nearest": Nearest}
 ot_refine.MAPS.update(RIVALS)
-ot_refine.METHODS = ("none", "default", "shared", *ot_refine.MAPS)
+ot_refine.METHODS = ("none", "default", *ot_refine.MAPS)
 
 
 # ---------------------------------------------------------------- the inverse term, lam > 0

@@ -106,7 +106,7 @@ class Refinement:
     model: torch.nn.Module
     tokens_of: Callable             # (k, m) -> tokens (<= m, N, D) of real images
     sampling: dict
-    method: str = "default"         # see ot_refine.stages, for K and eta too
+    method: str = "default"         # see ot_refine.stages, for K and eta, too
     K: int = 2
     eta: float = 2.0
     coupled: bool = False
@@ -127,7 +127,6 @@ class Refinement:
             raise ValueError("--refine: a cdm model has no chain of conditions, nothing to refine; "
                              "use an ar or mar model")
         self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
-        self.coupled = self.coupled or self.method == "shared"
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
         self.say = functools.cache(print)                      # each message once
         Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
@@ -142,8 +141,16 @@ class Refinement:
                                "sampling": self.sampling}
 
     def order(self, k):
-        k = 0 if self.method == "shared" else k              # one order for all that share a map
         return self.order_of(self.model, k, self.seed)
+
+    def groups(self, labels, size):
+        """(n,): which of the images of labels (n,) share a map, and depend on each other if it is
+        coupled: those of a class. size: of a batch, at most."""
+        return labels.unique(return_inverse=True)[1]
+
+    def refine_of(self, y):
+        """refine(i, c, y) for the images of a group, of classes y."""
+        return self.refiner(y[0].item())
 
     def conditions(self, k, m):
         """Whole ideal conditions (N, m, C) of class k by place."""
@@ -197,7 +204,7 @@ class Refinement:
 
     def kept(self, name, depends, make):
         """make(), or what it gave before, from folder/name.pt if that was made for the same."""
-        file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]
+        file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]   # targets-3
         depends = {**depends, "place or class": name}
         if file and file.exists():
             try:
@@ -240,48 +247,33 @@ def at_once(model, sampling, most=500):
     return fast.images_at_once(model, sampling, most)
 
 
-def units(labels, size, refinement=None):
-    """(n,): images of labels (n,) with the same number depend on each other, or on the same maps:
-    those of a class, or of a batch's classes."""
-    if refinement is None:
-        return torch.arange(len(labels))
-    if refinement.method == "shared":
-        import many
-        return many.groups(labels, size)
-    return labels.unique(return_inverse=True)[1]
-
-
-def batches(labels, index, size, refinement=None, group=None):
-    """Parts of index, of at most `size` images, each with the Refiner of its class or None. A
-    refined class is drawn on its own, in equal parts, as coupled maps want it."""
+def batches(labels, index, size, refinement=None):
+    """Parts of index, of at most `size` images, each with its refine(i, c, y) or None. A group that
+    shares a map is drawn on its own, in equal parts, as coupled maps want it."""
     if refinement is None:
         yield from ((part, None) for part in index.split(size) if len(part))
         return
-    if refinement.method == "shared":                                # of many classes
-        import many
-        yield from many.batches(labels, index, size, refinement, group)
-        return
-    for k in labels[index].unique().tolist():
-        mine, refiner = index[labels[index] == k], refinement.refiner(k)
-        yield from ((part, refiner) for part in mine.tensor_split(-(-len(mine) // size)))
+    group = refinement.groups(labels, size)[index]
+    for g in group.unique():
+        mine = index[group == g]
+        refine = refinement.refine_of(labels[mine])
+        yield from ((part, refine) for part in mine.tensor_split(-(-len(mine) // size)))
 
 
 def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, refinement=None,
-                tick=lambda n: None, wrap=None, group=None):
+                tick=lambda n: None, wrap=None):
     """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
 
     decode: tokens (B, N, D) -> uint8 images, or latents: see data.decoder; sampling: options of
-    `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls;
-    group (n,): which images share a map, if not as many.groups says.
+    `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls.
     """
     images = None
-    for part, refiner in batches(labels, index, batch_size, refinement, group):
-        y, options = labels[part], dict(sampling)
-        if refiner:
-            options["refine"] = refiner
+    for part, refine in batches(labels, index, batch_size, refinement):
+        y, options = labels[part], {**sampling, "refine": refine}
+        if refinement:
             options["order"] = refinement.order(y[0].item()).expand(len(y), -1)
         if wrap:
-            options["refine"] = wrap(options.get("refine"), y, part)
+            options["refine"] = wrap(refine, y, part)
         x = decode(draw(model, y, part.tolist(), seed, **options))
         images = np.empty((len(labels), *x.shape[1:]), x.dtype) if images is None else images
         images[part.numpy()] = x
@@ -328,7 +320,8 @@ def parse_args(argv=None):
     add("--mask", metavar="IMAGE", help="white where --inpaint, of the same size, is to be filled")
 
     add = p.add_argument_group("refinement (Algorithm 1)").add_argument
-    add("--refine", choices=METHODS, default="none", help="what moves the conditions")
+    add("--refine", choices=(*METHODS, "shared"), default="none",
+        help="what moves the conditions; shared: one map for all classes of a batch")
     add("--coupled", action="store_true",
         help="with --refine: plans between the images of a batch, the literal algorithm; else maps "
              "that are calibrated once")
@@ -343,48 +336,18 @@ def parse_args(argv=None):
 def setup(args):
     """A checkpoint and how to draw from it, as the flags say, for evaluate.py, too: path, model,
     state (the checkpoint's dict), decode (tokens -> images), refinement (or None), dataset() ->
-    data.Data, images(labels, index, seed, tick=), draw_images of all this, and units(labels), which
-    of them may not be drawn by two processes.
-    ValueError where the flags do not fit the checkpoint or each other."""
+    data.Data, batch_size, images(labels, index, seed, tick=): draw_images of all this.
+
+    ValueError where the flags do not fit the checkpoint or each other. A flag is looked at only
+    where it has an effect: command.Flags refuses those that nobody has looked at.
+    """
     device, path = pick_device(args.device), find_checkpoint(args.ckpt)
     model, state = load_model(path, device)
     set_threads(model, device)
-    facts, refinement = state["data"], None
-    decode = datasets.decoder(facts, args.vae, device)
-    sampling = sampling_flags(args, model)
-    if args.inpaint:
-        import mar
-        sampling.update(mar.read_inpaint(args, model, facts, device))
-
-    data_dir = lambda: datasets.flags_of(facts["dataset"], args).get("data_dir")
-
-    @functools.cache
-    def dataset():
-        found = datasets.load(facts["dataset"], data_dir() or facts.get("data_dir"), facts["size"],
-                              facts["patch"], vae=args.vae, cache_dir=facts.get("cache_dir"),
-                              device=device, scale=(facts.get("vae") or {}).get("scale"))
-        names, channels = found.class_names, found.channels
-        if (names, channels) != (facts["class_names"], facts["channels"]):
-            raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...) and "
-                             f"{channels} channels, not those that the model was trained on; give "
-                             "the right --data_dir")
-        return found
-
-    order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
-    if args.refine != "none" or order:                   # an order alone: conditions stay
-        given = {"order_of": raster_order if order == "raster" else class_order}
-        if args.refine != "none":
-            if facts.get("cache_dir"):
-                dataset()                    # are the latents in the cache those of the images?
-            given |= {"coupled": args.refine == "shared" or args.coupled, "m": args.m,
-                      "folder": path.parent / "refine",
-                      "origin": {"weights": weights_digest(model),
-                                 "references": datasets.digest(facts, data_dir())}}
-        if args.refine not in ("none", "gaussian", "shared"):
-            given |= {"K": args.K, "eta": args.eta}
-        refinement = Refinement(model, lambda k, m: tokens_of(dataset())(k, m), sampling,
-                                args.refine, **given)
-
+    decode = datasets.decoder(state["data"], args.vae, device)
+    dataset = functools.cache(lambda: training_data(state["data"], args, device))
+    sampling = sampling_flags(args, model, state["data"])
+    refinement = refinement_flags(args, model, state["data"], sampling, dataset, path.parent)
     size = args.batch_size or at_once(model, sampling)
     if refinement and refinement.coupled and size < 500 and not args.batch_size:
         raise ValueError("coupled images depend on how many are drawn at once, and 500 do not fit "
@@ -392,11 +355,51 @@ def setup(args):
     images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
                                refinement=refinement)
     return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
-                           refinement=refinement, images=images,
-                           units=functools.partial(units, size=size, refinement=refinement))
+                           refinement=refinement, images=images, batch_size=size)
 
 
-def sampling_flags(args, model):
+def data_dir(facts, args):
+    """--data_dir, where the data set has one."""
+    return datasets.flags_of(facts["dataset"], args).get("data_dir")
+
+
+def training_data(facts, args, device):
+    """The Data that a checkpoint was trained on."""
+    found = datasets.load(facts["dataset"], data_dir(facts, args) or facts.get("data_dir"),
+                          facts["size"], facts["patch"], vae=args.vae, device=device,
+                          cache_dir=facts.get("cache_dir"),
+                          scale=(facts.get("vae") or {}).get("scale"))
+    names, channels = found.class_names, found.channels
+    if (names, channels) != (facts["class_names"], facts["channels"]):
+        raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...) and {channels} "
+                         "channels, not those that the model was trained on; give the right "
+                         "--data_dir")
+    return found
+
+
+def refinement_flags(args, model, facts, sampling, dataset, run_folder):
+    """The Refinement that the flags ask for, or None."""
+    order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
+    if args.refine == "none" and not order:
+        return None
+    given = {"order_of": raster_order if order == "raster" else class_order}
+    tokens = lambda k, m: tokens_of(dataset())(k, m)
+    if args.refine == "none":                            # an order alone: conditions stay
+        return Refinement(model, tokens, sampling, "none", **given)
+    if facts.get("cache_dir"):
+        dataset()                            # are the latents in the cache those of the images?
+    given |= {"m": args.m, "folder": run_folder / "refine",
+              "origin": {"weights": weights_digest(model),
+                         "references": datasets.digest(facts, data_dir(facts, args))}}
+    if args.refine == "shared":
+        import many
+        return many.Shared(model, tokens, sampling, **given)
+    if args.refine != "gaussian":
+        given |= {"K": args.K, "eta": args.eta}
+    return Refinement(model, tokens, sampling, args.refine, coupled=args.coupled, **given)
+
+
+def sampling_flags(args, model, facts):
     """The options of `generate`, as far as they have an effect on this model."""
     cfg = model.cfg
     model.diffloss.solver(args.solver).timesteps(args.steps)              # are they possible?
@@ -412,6 +415,9 @@ def sampling_flags(args, model):
         if args.num_iter and args.num_iter > cfg.n_tokens:
             raise ValueError(f"--num_iter {args.num_iter}: the model has {cfg.n_tokens} tokens, at "
                              "most one AR step each")
+    if args.inpaint:
+        import mar
+        sampling |= mar.read_inpaint(args, model, facts)
     return sampling
 
 
@@ -451,7 +457,9 @@ def main():
 
     labels = ids[torch.arange(n) % len(ids)]             # image k: its class depends on k alone
     index = labels.argsort(stable=True)                  # class by class
-    owner = job.units(labels) % world
+    # images that depend on each other are one process's
+    group = job.refinement.groups(labels, job.batch_size) if job.refinement else torch.arange(n)
+    owner = group % world
     shares = [index[owner[index] == r] for r in range(world)]
     mine, began = shares[rank], time.time()
     with tqdm(total=len(mine), desc="sampling", unit="image", disable=rank > 0 or None) as bar:

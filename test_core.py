@@ -254,7 +254,7 @@ def test_guidance_extrapolates_from_the_null_branch_and_x0_is_kept_within_its_bo
 
 
 @every("shape", [(1,), (5,), (3, 4), (700,)])
-def test_modulations_computed_ahead_give_what_the_plain_head_gives(shape):
+def test_a_trajectory_s_denoiser_gives_what_the_plain_head_gives(shape):
     d, ts = head(), DiffLoss.samplers["ddpm"].timesteps(7)
     c, x = randn(2, *shape, 8), randn(7, *shape, 4)
     for c in (c[0], c):                              # of one branch, of both

@@ -183,8 +183,9 @@ def counted():
 def test_an_evaluation_of_gpt_xl_s_head_takes_6_kernels_a_block_and_few_beside_them():
     def kernels(depth, steps):                              # narrow: the number is the same
         model = tiny("gpt-xl", n_embd=80, n_layer=1, head_width=32, head_depth=depth)
-        head, c = fast.low(model).diffloss, torch.randn(256, 80)
-        head.net.along = functools.partial(head.net.along, rows=4096)        # as on CUDA
+        model, c = fast.low(model), torch.randn(256, 80)
+        head = model.diffloss
+        fast.look_ahead(model, 4096)                            # as on CUDA
         with counted() as watch, torch.no_grad():
             head.sample(c, c, 3.0, torch.randn(1 + steps, 256, 16), solver="ddpm", steps=steps)
         return watch.kernels
@@ -362,6 +363,19 @@ def test_a_graph_is_captured_on_the_device_of_its_tensors_and_not_on_the_current
     assert {"Stream", "graph", "CUDAGraph"} <= set(inside), "all on that device"
     replay(torch.ones(3))
     assert cuda.CUDAGraph().replay.called
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 4), (700,)])
+def test_modulations_computed_ahead_give_what_the_plain_head_gives(shape):
+    model = tiny("gpt-tiny")
+    net, ts = model.diffloss.net, [999, 700, 300, 20, 0]
+    fast.look_ahead(model, 1024)
+    c, x = torch.randn(2, *shape, 64), torch.randn(5, *shape, 16)
+    for c in (c[0], c):                              # of one branch, of both
+        along = net.along(ts, c)
+        for t, x_t in zip(ts, x):
+            for got, want in zip(along(x_t, t), net(x_t, torch.tensor(t), c)):
+                assert relative(got, want) < 1e-5, f"t = {t}: fp32, other matmul shapes"
 
 
 def test_a_model_is_prepared_once_and_anew_when_its_weights_have_changed(monkeypatch):
@@ -576,10 +590,10 @@ def test_on_fake_cuda_a_map_for_all_classes_stays_on_the_device(fake_cuda):
     make, watch = fake_cuda
     at = {"device": CUDA}
     axes, targets = torch.randn(4, 32, 8, **at), torch.randn(4, 30, 8, **at)
-    refiners = {k: Refiner(axes, targets, stages("shared")) for k in range(3)}
-    refine = many.shared(refiners, torch.arange(9) % 3)
+    refiners = {k: Refiner(axes, targets, ()) for k in range(3)}
+    refine, y = many.shared(refiners), torch.arange(9, **at) % 3
     watch.waits.clear()
-    c = refine(1, torch.randn(9, 32, dtype=torch.bfloat16, **at))
+    c = refine(1, torch.randn(9, 32, dtype=torch.bfloat16, **at), y)
     assert c.device == CUDA and c.dtype == torch.bfloat16 and not +watch.waits, watch.waits
 
 

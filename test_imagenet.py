@@ -31,6 +31,7 @@ import evaluate
 import command
 import files
 import latents
+import many
 import model as models
 import plan
 import sample
@@ -1025,7 +1026,7 @@ def test_the_memory_rule_is_what_the_refiner_of_a_class_holds(name, rank):
     held = {z.untyped_storage().data_ptr(): z.untyped_storage().nbytes()     # maps share targets
             for z in (refiner.targets, *files.tensors(refiner.state()))}
     assert sum(held.values()) == plan.refinement_bytes(m.cfg, 30, 40, rank)[0]
-    refinement = sample.Refinement(m, real, {}, "shared", m=30)
+    refinement = many.Shared(m, real, {}, m=30)
     targets = sum(refinement.refiner(k).targets.nbytes for k in range(5))   # and what is left
     means = 4 * 5 * 9 * refinement.rank
     assert rank or 2 * targets + means == plan.shared_bytes(m.cfg, 30, 5)[0]

@@ -9,7 +9,7 @@ import sample
 from diffloss import ImageNoise
 from model import build, preset
 from ot_refine import Gaussian
-from sample import Refinement, draw_images
+from sample import draw_images
 
 torch.set_num_threads(1)
 every = pytest.mark.parametrize
@@ -27,12 +27,20 @@ def batch(K, n, m=100, r=4, own=0.0, seed=0):
     return refiners, y, c, shifts
 
 
+def shared_of(refiner):
+    """A Shared whose Refiners are those of refiner(k)."""
+    model = build(preset("gpt-tiny", grid=2, num_classes=10, token_dim=4))
+    found = many.Shared(model, None, {})
+    found.refiner = refiner
+    return found
+
+
 def class_means(z, y):
     return torch.stack([z[y == k].mean(0) for k in y.unique()])
 
 
 def moved(refiners, y, c):
-    return many.shared(refiners, y)(1, c)
+    return many.shared(refiners)(1, c, y)
 
 
 def test_five_images_of_forty_classes_find_the_drift_and_the_spread_that_they_share():
@@ -84,13 +92,13 @@ def test_of_one_class_or_one_image_of_each_the_mean_of_all_is_moved(K, n):
 
 
 def test_batches_hold_whole_classes_or_equal_parts_of_a_large_one(monkeypatch):
-    monkeypatch.setattr(many, "shared", lambda refiners, y: (sorted(refiners), y.tolist()))
-    refinement = SimpleNamespace(refiner=lambda k: k)
+    refinement = shared_of(lambda k: k)
+    monkeypatch.setattr(many, "shared", sorted)
 
     def sizes(labels, size):
-        parts = list(many.batches(labels, torch.arange(len(labels)), size, refinement))
-        assert all(labels[part].tolist() == y for part, (_, y) in parts), "in the batch's order"
-        return [(len(part), classes) for part, (classes, _) in parts]
+        parts = list(sample.batches(labels, torch.arange(len(labels)), size, refinement))
+        assert all({*labels[part].tolist()} <= {*classes} for part, classes in parts)
+        return [(len(part), classes) for part, classes in parts]
     some = torch.tensor([0] * 3 + [4] * 3 + [2] * 13 + [3] * 2)
     assert sizes(some, 8) == [(3, [0]), (7, [2]), (6, [2]), (2, [3]), (3, [4])]
     assert sizes(some, 26) == [(16, [0, 2]), (5, [3, 4])]
@@ -98,13 +106,12 @@ def test_batches_hold_whole_classes_or_equal_parts_of_a_large_one(monkeypatch):
 
 
 def test_shared_groups_do_not_depend_on_who_draws_them():
-    labels, refinement = torch.arange(47) % 10, SimpleNamespace(method="shared")
-    group = sample.units(labels, 15, refinement)
+    nothing = SimpleNamespace(targets=torch.zeros(1, 2, 3), axes=torch.zeros(1, 3, 3))
+    labels, refinement = torch.arange(47) % 10, shared_of(lambda k: nothing)
+    group = refinement.groups(labels, 15)
     assert group.tolist() == [k // 3 for k in labels.tolist()]
     shares = [(group % 2 == r).nonzero()[:, 0] for r in range(2)]
-    nothing = SimpleNamespace(targets=torch.zeros(1, 2, 3), axes=torch.zeros(1, 3, 3))
-    refinement.refiner = lambda k: nothing
-    parts = [[part.tolist() for part, _ in many.batches(labels, share, 15, refinement)]
+    parts = [[part.tolist() for part, _ in sample.batches(labels, share, 15, refinement)]
              for share in (*shares, torch.arange(47))]
     assert sorted(parts[0] + parts[1]) == sorted(parts[2]) and len(parts[2]) == 4
 
@@ -117,7 +124,7 @@ def test_shared_refinement_draws_nothing_beforehand_and_batches_of_many_classes(
         torch.nn.init.normal_(p, std=0.1)
     tokens_of = lambda k, m: torch.randn(30, 4, 4, generator=torch.Generator().manual_seed(k))
     sampling = dict(cfg_scale=1.5, steps=2)
-    refinement = Refinement(model, tokens_of, sampling, "shared", m=30)
+    refinement = many.Shared(model, tokens_of, sampling, m=30)
     drawn, own = [], sample.draw
 
     def draw(model, y, index, seed, *more, **options):

@@ -21,7 +21,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,7 +257,9 @@ def test_refined_batches_hold_one_class_or_equal_parts_of_it():
     labels, every_one = torch.tensor([0] * 3 + [1] * 3 + [2] * 13 + [3] * 2), torch.arange(21)
 
     def sizes(index, refined):
-        refinement = refined and SimpleNamespace(refiner=lambda k: k, method="default") or None
+        refinement = sample.Refinement(MODEL, None, {}) if refined else None
+        if refined:
+            refinement.refiner = lambda k: k
         parts = list(sample.batches(labels, index, 8, refinement))
         assert torch.cat([index[:0], *(p for p, _ in parts)]).sort().values.equal(index)
         return [(len(part), k) for part, k in parts]
