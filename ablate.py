@@ -34,12 +34,13 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std
-from files import add_line, output_folder, read_lines, write_png, write_text
+from files import (add_line, output_folder, read_lines, sha256, weights_digest, write_png,
+                   write_text)
 from many import Shared
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
                     late_epsilon_scaling, one_evaluation, shuffled, tuning, whole_trajectory)
-from sample import Refinement, draw_images, raster_order, tokens_of
+from sample import Refinement, draw_images, tokens_of
 
 
 # ---------------------------------------------------------------- the questions
@@ -87,8 +88,8 @@ FIXES = {                               # family: {value: what differs}
 ORDERS = {                              # of mar: (refine, more sampling)
     "fresh orders": (None, {}), "one random order a class": (SAME, {}),
     "one random order a class + refinement": ({}, {}),
-    "raster": (dict(order_of=raster_order, **SAME), {}),
-    "raster + refinement": (dict(order_of=raster_order), {}),
+    "raster": (dict(orders="raster", **SAME), {}),
+    "raster + refinement": (dict(orders="raster"), {}),
     "8 steps, one random order a class": (SAME, dict(num_iter=8)),
     "8 steps, one random order a class + refinement": ({}, dict(num_iter=8))}
 
@@ -324,6 +325,11 @@ def complete(row, args):
     return row._replace(sampling=how, refine=None if row.refine is None else refine)
 
 
+def refinement_of(model, tokens, sampling, how):
+    """The Refinement of a row's options."""
+    return (Shared if how["method"] == "shared" else Refinement)(model, tokens, sampling, **how)
+
+
 class Study:
     """Rows of some models, measured against the held-out images or, to tune, `tuning`'s."""
 
@@ -337,11 +343,11 @@ class Study:
         real = evaluate.real_images(self.data, self.device)
         self.judges = Judges(real, self.device, args.cache)
         self.floor = self.judges.floor(args.n)
-        weights = {name: sample.weights_digest(job.model) for name, job in jobs.items()}
-        self.guide = args.guide and sample.weights_digest(first.model.weak[0])
+        weights = {name: weights_digest(job.model) for name, job in jobs.items()}
+        self.guide = args.guide and weights_digest(first.model.weak[0])
         files = datasets.digest(first.state["data"], args.data_dir)
         self.origins = {name: [digest, files] for name, digest in weights.items()}
-        self.code = sample.sha256([sample.code_digest().encode(),
+        self.code = sha256([sample.code_digest().encode(),
                                    Path(evaluate.__file__).read_bytes()])
         self.done = read_results(self.out / "rows.jsonl", None if args.any_code else self.code)
 
@@ -354,7 +360,7 @@ class Study:
         fix = fix and [*fix, self.guide if fix[0] is autoguidance else None]
         what = [self.origins[row.model], row.sampling, row.refine, rival, row.control, fix, size,
                 row.refine and row.recalibrate, args.n, seed, self.tune]
-        return sample.sha256([json.dumps(what, default=inspect.getsource).encode()])
+        return sha256([json.dumps(what, default=inspect.getsource).encode()])
 
     def answer(self, question, rows, seeds):
         """Measure what is missing of the rows; a table and figures; [(row, values, seeds)]."""
@@ -395,9 +401,7 @@ class Study:
         began, found = self.clock(), None
         if how:
             model = self.jobs[row.model].model
-            shared = how["method"] == "shared"
-            found = (Shared if shared else Refinement)(model, tokens_of(self.data), row.sampling,
-                                                       **how)
+            found = refinement_of(model, tokens_of(self.data), row.sampling, how)
             found.refiner = functools.cache(found.refiner)       # one calibration for all seeds
             for k in range(len(self.data.class_names)):
                 found.refiner(k)

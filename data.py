@@ -235,6 +235,27 @@ def check_classes(where, train, heldout, names):
         raise ValueError(f"{what}: at least 2 readable images of each class are needed")
 
 
+def again(facts, data_dir, vae, device):
+    """The Data that a model was trained on, by its data facts; where it is now: data_dir, vae."""
+    scale = (facts.get("vae") or {}).get("scale")
+    found = load(facts["dataset"], data_dir or facts.get("data_dir"), facts["size"], facts["patch"],
+                 vae=vae, cache_dir=facts.get("cache_dir"), device=device, scale=scale)
+    names, channels = found.class_names, found.channels
+    if (names, channels) != (facts["class_names"], facts["channels"]):
+        raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...) and {channels} "
+                         "channels, not those that the model was trained on; give the right "
+                         "--data_dir")
+    return found
+
+
+def find_class(word, names):
+    """The class number of a name, or of what sets.find_class takes for one."""
+    if names.count(word) == 1:
+        return names.index(word)
+    import sets
+    return sets.find_class(word, names)
+
+
 def decoder(facts, vae=None, device="cpu"):
     """The function tokens (B, N, D) -> images uint8 (B, H, W, ch) of a checkpoint's data facts;
     vae: the path of kl16.ckpt, for models of latents (without one see latents.decoder)."""

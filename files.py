@@ -388,7 +388,40 @@ def digest_of(root, what):
     return sha256(f"{f} {f.stat().st_size} {f.stat().st_mtime_ns}\n".encode() for f in files)
 
 
+def digest_of_code(*names):
+    """A short hash of modules of this project, as far as they are there."""
+    found = [Path(__file__).with_name(f"{name}.py") for name in names]
+    return sha256(file.read_bytes() for file in found if file.exists())
+
+
+def weights_digest(model):
+    """A short hash of a model's weights."""
+    return sha256(v.detach().cpu().contiguous().view(torch.uint8).numpy().data
+                  for v in model.state_dict().values())
+
+
 # ---------------------------------------------------------------- results that are kept
+
+def kept(folder, kind, made_for, make, most, device, say):
+    """(make(), or what it gave before if a file in `folder` was made for the same; the folder, or
+    None if nothing can be kept). Tensors in dicts and lists; more than `most` bytes are not kept.
+    """
+    where = "" if made_for["class"] is None else f"-{made_for['class']}"
+    file = folder and folder / f"{kind}{where}.pt"
+    if file and file.exists():
+        try:
+            return read_kept(file, made_for, device), folder
+        except ValueError as error:
+            say(f"the {kind} in {folder} {error}: computing anew")
+    value = make()
+    if file and sum(z.nbytes for z in tensors(value)) <= most:
+        try:
+            save_kept(file, made_for, value)
+        except (OSError, ValueError) as error:
+            say(f"{error}: the refinement is not kept")
+            folder = None
+    return value, folder
+
 
 def save_kept(path, made_for, value):
     """Tensors in dicts and lists, beside all that they were made for, plain values by name."""

@@ -25,11 +25,8 @@ class Shared(Refinement):
 
     def __post_init__(self):
         self.method, self.coupled = "gaussian", True
+        self.orders = "raster" if self.orders == "raster" else "one"
         super().__post_init__()
-        self.targets_depend_on["orders"] += ["of class 0"]
-
-    def order(self, k):
-        return super().order(0)
 
     def groups(self, labels, size):
         classes, at = labels.unique(return_inverse=True)

@@ -207,6 +207,10 @@ class Generator(nn.Module):
         # c is broadcast, not repeated: its projection is computed once for its `mul` uses
         return self.diffloss(x[:, :, None], c[:, :, None], draws["t"], draws["eps"]).mean()
 
+    def order(self, k, seed=0):
+        """The generation order (N,) that refined images of class k share: the raster scan."""
+        return torch.arange(self.cfg.n_tokens, device=self.device)
+
     def places(self, num_iter=None):
         """[(a, b)] per AR step: places a .. b-1 of the generation order appear in it."""
         return [(i, i + 1) for i in range(self.cfg.n_tokens)]

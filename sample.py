@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import (check_output, find_checkpoint, read_kept, save_kept, sha256, tensors, write,
+from files import (check_output, digest_of_code, find_checkpoint, kept, weights_digest, write,
                    write_png)
 from model import GUIDANCE, load_model
 from ot_refine import METHODS, Refiner, principal_axes, stages
@@ -77,23 +77,6 @@ def ideal_conditions(model, x, k, order, num_iter=None, batch=256):
     return torch.cat(parts).transpose(0, 1).contiguous()
 
 
-def class_order(model, k, seed=0):
-    """The generation order (N,) of class k; an ar model has but the raster scan.
-
-    CHOICE(orders): a mar condition depends on which patches are known, so that refined images share
-    an order, random by class. Alternative: the raster scan for all, better on the digits and much
-    worse on Fashion-MNIST. Flag: --order.
-    """
-    if model.cfg.kind == "ar":
-        return raster_order(model, k)
-    generator = torch.Generator().manual_seed(1_000_003 * seed + k)
-    return torch.randperm(model.cfg.n_tokens, generator=generator).to(model.device)
-
-
-def raster_order(model, k, seed=0):
-    return torch.arange(model.cfg.n_tokens, device=model.device)
-
-
 # ---------------------------------------------------------------- refinement, class by class
 
 @dataclass(eq=False)
@@ -116,7 +99,7 @@ class Refinement:
     n_cal: int | None = None        # images that calibrate a class; None: 2 m, 200 to 1000
     lam: float = 0.0                # weight of the inverse-process term
     inverse_of: Callable | None = None      # for lam > 0: (refinement, k) -> inverse(i, c)
-    order_of: Callable = class_order        # (model, k, seed) -> the order (N,) of class k
+    orders: str = "class"           # mar: a random order a class, "one" for all, or "raster"
     seed: int = 0                   # of the calibration's noise and of mar's orders
     folder: Path | None = None      # where targets and maps are kept
     origin: dict | None = None
@@ -131,17 +114,19 @@ class Refinement:
         self.say = functools.cache(print)                      # each message once
         Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
 
-        # beside the class; functions are known by their names
-        name = lambda function: function and function.__qualname__
+        # beside the class
         self.targets_depend_on = {**(self.origin or {}), "code": code_digest(), "m": self.m,
-                                  "rank": self.rank, "orders": [name(self.order_of), self.seed],
+                                  "rank": self.rank, "orders": [self.orders, self.seed],
                                   "num_iter": self.sampling.get("num_iter")}
         self.maps_depend_on = {**self.targets_depend_on, "stages": self.stages, "reg": self.reg,
-                               "lam": [self.lam, name(self.inverse_of)], "n_cal": self.n_cal,
-                               "sampling": self.sampling}
+                               "lam": [self.lam, getattr(self.inverse_of, "__qualname__", None)],
+                               "n_cal": self.n_cal, "sampling": self.sampling}
 
     def order(self, k):
-        return self.order_of(self.model, k, self.seed)
+        """The generation order (N,) of class k."""
+        if self.orders == "raster":
+            return torch.arange(self.model.cfg.n_tokens, device=self.model.device)
+        return self.model.order(k if self.orders == "class" else 0, self.seed)
 
     def groups(self, labels, size):
         """(n,): which of the images of labels (n,) share a map, and depend on each other if it is
@@ -180,7 +165,7 @@ class Refinement:
                 self.say("warning: with less than 25 reference images of a class its refined "
                          "images may be worse than unrefined ones")
             return torch.bmm(c, axes[self.order(k)])
-        return self.kept(f"targets-{k}", self.targets_depend_on, make)
+        return self.kept("targets", self.targets_depend_on, make, k)
 
     def refiner(self, k):
         """The Refiner of class k; frozen: calibrated, or from the maps of an equal calibration."""
@@ -200,41 +185,25 @@ class Refinement:
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
                  refiner, **self.sampling, order=order.expand(n, -1))
             return refiner.state()
-        return refiner.load(self.kept(f"maps-{k}", self.maps_depend_on, calibrate))
+        return refiner.load(self.kept("maps", self.maps_depend_on, calibrate, k))
 
-    def kept(self, name, depends, make):
-        """make(), or what it gave before, from folder/name.pt if that was made for the same."""
-        file, kind = self.folder and self.folder / f"{name}.pt", name.split("-")[0]   # targets-3
-        depends = {**depends, "place or class": name}
-        if file and file.exists():
-            try:
-                return read_kept(file, depends, self.model.device)
-            except ValueError as error:
-                self.say(f"the {kind} in {self.folder} {error}: computing anew")
+    def kept(self, kind, made_for, make, k=None):
+        """make(), or what it gave before if the folder holds that, made for the same class k."""
+        def timed():
+            began, value = time.time(), make()
+            self.spent += time.time() - began
+            return value
 
-        began, value = time.time(), make()
-        self.spent += time.time() - began
-        copies = 1 if kind == "axes" else self.model.cfg.num_classes
-        if self.folder and sum(z.nbytes for z in tensors(value)) * copies <= KEEP:
-            try:
-                save_kept(file, depends, value)
-            except (OSError, ValueError) as error:
-                print(f"{error}: the refinement is not kept")
-                self.folder = None
+        copies = 1 if k is None else self.model.cfg.num_classes
+        value, self.folder = kept(self.folder, kind, {**made_for, "class": k}, timed,
+                                  KEEP // copies, self.model.device, self.say)
         return value
 
 
 def code_digest():
     """Of the code that references, conditions, targets and maps pass through."""
-    names = ("data", "sets", "latents", "vae", "model", "mar", "diffloss", "ot_refine", "sample",
-             "fast", "many")
-    files = [Path(__file__).with_name(f"{name}.py") for name in names]
-    return sha256(file.read_bytes() for file in files if file.exists())
-
-
-def weights_digest(model):
-    return sha256(v.detach().cpu().contiguous().view(torch.uint8).numpy().data
-                  for v in model.state_dict().values())
+    return digest_of_code("data", "sets", "latents", "vae", "model", "mar", "diffloss", "ot_refine",
+                          "sample", "fast", "many")
 
 
 # ---------------------------------------------------------------- many images
@@ -335,8 +304,8 @@ def parse_args(argv=None):
 
 def setup(args):
     """A checkpoint and how to draw from it, as the flags say, for evaluate.py, too: path, model,
-    state (the checkpoint's dict), decode (tokens -> images), refinement (or None), dataset() ->
-    data.Data, batch_size, images(labels, index, seed, tick=): draw_images of all this.
+    state (the checkpoint's dict), decode (tokens -> images), dataset() -> data.Data, sampling,
+    refinement (or None), batch_size, images(labels, index, seed, tick=): draw_images of all this.
 
     ValueError where the flags do not fit the checkpoint or each other. A flag is looked at only
     where it has an effect: command.Flags refuses those that nobody has looked at.
@@ -344,59 +313,43 @@ def setup(args):
     device, path = pick_device(args.device), find_checkpoint(args.ckpt)
     model, state = load_model(path, device)
     set_threads(model, device)
-    decode = datasets.decoder(state["data"], args.vae, device)
-    dataset = functools.cache(lambda: training_data(state["data"], args, device))
-    sampling = sampling_flags(args, model, state["data"])
-    refinement = refinement_flags(args, model, state["data"], sampling, dataset, path.parent)
-    size = args.batch_size or at_once(model, sampling)
-    if refinement and refinement.coupled and size < 500 and not args.batch_size:
+    facts = state["data"]
+    decode = datasets.decoder(facts, args.vae, device)
+    data_dir = datasets.flags_of(facts["dataset"], args).get("data_dir")
+    dataset = functools.cache(lambda: datasets.again(facts, data_dir, args.vae, device))
+    sampling = sampling_flags(args, model, facts)
+    job = SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
+                          sampling=sampling, batch_size=args.batch_size or at_once(model, sampling))
+    job.refinement = refinement_flags(args, job, data_dir)
+    if job.refinement and job.refinement.coupled and job.batch_size < 500 and not args.batch_size:
         raise ValueError("coupled images depend on how many are drawn at once, and 500 do not fit "
-                         f"in memory: choose a number, such as --batch_size {size}")
-    images = functools.partial(draw_images, model, decode, sampling=sampling, batch_size=size,
-                               refinement=refinement)
-    return SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
-                           refinement=refinement, images=images, batch_size=size)
+                         f"in memory: choose a number, such as --batch_size {job.batch_size}")
+    job.images = functools.partial(draw_images, model, decode, sampling=sampling,
+                                   batch_size=job.batch_size, refinement=job.refinement)
+    return job
 
 
-def data_dir(facts, args):
-    """--data_dir, where the data set has one."""
-    return datasets.flags_of(facts["dataset"], args).get("data_dir")
-
-
-def training_data(facts, args, device):
-    """The Data that a checkpoint was trained on."""
-    found = datasets.load(facts["dataset"], data_dir(facts, args) or facts.get("data_dir"),
-                          facts["size"], facts["patch"], vae=args.vae, device=device,
-                          cache_dir=facts.get("cache_dir"),
-                          scale=(facts.get("vae") or {}).get("scale"))
-    names, channels = found.class_names, found.channels
-    if (names, channels) != (facts["class_names"], facts["channels"]):
-        raise ValueError(f"the images are of {len(names)} classes ({names[0]} ...) and {channels} "
-                         "channels, not those that the model was trained on; give the right "
-                         "--data_dir")
-    return found
-
-
-def refinement_flags(args, model, facts, sampling, dataset, run_folder):
+def refinement_flags(args, job, data_dir):
     """The Refinement that the flags ask for, or None."""
-    order = args.order if model.cfg.kind == "mar" and not args.inpaint else None
+    order = args.order if job.model.cfg.kind == "mar" and not args.inpaint else None
     if args.refine == "none" and not order:
         return None
-    given = {"order_of": raster_order if order == "raster" else class_order}
-    tokens = lambda k, m: tokens_of(dataset())(k, m)
+    tokens = lambda k, m: tokens_of(job.dataset())(k, m)
+    make = functools.partial(Refinement, job.model, tokens, job.sampling,
+                             orders="raster" if order == "raster" else "class")
     if args.refine == "none":                            # an order alone: conditions stay
-        return Refinement(model, tokens, sampling, "none", **given)
-    if facts.get("cache_dir"):
-        dataset()                            # are the latents in the cache those of the images?
-    given |= {"m": args.m, "folder": run_folder / "refine",
-              "origin": {"weights": weights_digest(model),
-                         "references": datasets.digest(facts, data_dir(facts, args))}}
+        return make(method="none")
+    if job.state["data"].get("cache_dir"):
+        job.dataset()                        # are the latents in the cache those of the images?
+    given = {"m": args.m, "folder": job.path.parent / "refine",
+             "origin": {"weights": weights_digest(job.model),
+                        "references": datasets.digest(job.state["data"], data_dir)}}
     if args.refine == "shared":
         import many
-        return many.Shared(model, tokens, sampling, **given)
+        return many.Shared(*make.args, **make.keywords, **given)
     if args.refine != "gaussian":
         given |= {"K": args.K, "eta": args.eta}
-    return Refinement(model, tokens, sampling, args.refine, coupled=args.coupled, **given)
+    return make(args.refine, coupled=args.coupled, **given)
 
 
 def sampling_flags(args, model, facts):
@@ -421,14 +374,6 @@ def sampling_flags(args, model, facts):
     return sampling
 
 
-def find_class(word, names):
-    """The class number of a name, or of what sets.find_class takes for one."""
-    if names.count(word) == 1:
-        return names.index(word)
-    import sets
-    return sets.find_class(word, names)
-
-
 def output(args, job):
     """The checked file that is to be written."""
     latents = job.state["data"]["dataset"] == "latents" and not args.vae
@@ -446,7 +391,7 @@ def main():
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
     job = setup(args)
     names, out = job.state["data"]["class_names"], output(args, job)
-    found = [find_class(word, names) for word in args.classes or ()] or range(len(names))
+    found = [datasets.find_class(word, names) for word in args.classes or ()] or range(len(names))
     ids = torch.tensor(list(dict.fromkeys(found)))       # each once
     n, seed = args.n or 10 * len(ids), args.seed
     if args.classes and n < len(ids):

@@ -117,7 +117,7 @@ def test_every_rival_is_a_map_of_the_refiner_and_can_be_saved(name):
 def conditions_that_reveal(model, k, m):
     """Patches x (m, N, D) of class k in its order, and conditions (m, N, C) that one patch and its
     position decide."""
-    order = sample.class_order(model, k)
+    order = model.order(k)
     x = real_tokens(k, m)[:, order]
     return x, x @ randn(64, model.cfg.n_embd, seed=7) / 8 + order[:, None]
 
@@ -132,7 +132,7 @@ def test_t_inverse_is_the_condition_that_a_patch_reveals_by_real_images_of_all_c
     state = torch.get_rng_state()
     T = rivals.inverse_map(refinement)
     assert torch.equal(state, torch.get_rng_state()) and rivals.inverse_map(refinement) is T
-    (x, c), order = conditions_that_reveal(model, 3, 30), sample.class_order(model, 3)
+    (x, c), order = conditions_that_reveal(model, 3, 30), model.order(3)
     # 1000 steps on 300 images: what is left is 1 % of the variance
     assert (T(x, order.expand(30, -1)) - c).square().mean() < 0.03 * c.var()
 
@@ -144,7 +144,7 @@ def test_a_is_t_inverse_of_one_evaluation_or_of_a_whole_ddim_trajectory(name, mo
     monkeypatch.setattr(rivals, "inverse_map", lambda refinement: T)
     refinement = sample.Refinement(model, real_tokens, {}, seed=5)
     z = sample.ImageNoise(-6, [-1]).randn(4, 64)[0, 2].expand(7, -1)
-    position = torch.full((7,), int(sample.class_order(model, 3, 5)[2]))
+    position = torch.full((7,), int(model.order(3, 5)[2]))
     head = model.diffloss
     with torch.no_grad():
         one = head.denoiser([900], c)(z, 900)[0]
@@ -184,7 +184,7 @@ def test_the_oracle_draws_each_image_under_the_conditions_of_a_real_one_of_its_c
     given = {seed: rivals.ideal(refinement, seed, None, index % 10, index) for seed in (0, 1)}
     c = torch.stack([given[0](i, randn(1), None) for i in range(4)])                 # (N, B, C)
     for k in range(10):
-        order, y = sample.class_order(model, k).expand(30, -1), torch.full((30,), k)
+        order, y = model.order(k).expand(30, -1), torch.full((30,), k)
         with torch.no_grad():
             real = model.conditions(real_tokens(k, 30), y, order).transpose(0, 1)
         far = (c[:, k::10, None] - real[:, None]).abs().amax((0, 3))                 # (6, 30)
@@ -366,7 +366,7 @@ def test_each_mar_row_draws_in_the_orders_that_it_names(runs, quick_judge, tmp_p
         if "raster" in row.name:
             assert (order == torch.arange(4)).all()
         else:
-            assert all(torch.equal(o, sample.class_order(model, int(k)))
+            assert all(torch.equal(o, model.order(int(k)))
                        for o, k in zip(order, y)) and len(order.unique(dim=0)) > 3
 
 
@@ -385,9 +385,9 @@ def test_every_row_fits_its_model_and_every_figure_a_screen(runs):
             model, how = jobs[row.model].model, row.sampling
             model.diffloss.solver(how["solver"]).timesteps(how["steps"])
             if row.refine is not None:       # raises ValueError where they do not fit
-                sample.Refinement(model, real_tokens, how, **row.refine)
+                ablate.refinement_of(model, real_tokens, how, row.refine)
                 used.add(row.refine["method"])
-    assert used == {*ot_refine.METHODS}
+    assert used == {*ot_refine.METHODS, "shared"}
 
 
 def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, quick_judge,
@@ -411,7 +411,7 @@ def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, q
               key(fix("epsilon_scaling", 1.1)), key(fix("epsilon_scaling", 1.2)),
               key(fix("late_epsilon_scaling", 1.1)), key(fix("guidance_interval", 1.1)),
               key(fix("autoguidance", 1.1)),
-              key(with_(order_of=sample.raster_order)),
+              key(with_(orders="raster")),
               *(key(with_(lam=0.1, inverse_of=x)) for x in (rivals.one_evaluation,
                                                              rivals.whole_trajectory))]
     guided, s.guide = key(fix("autoguidance", 1.1)), "another"

@@ -941,12 +941,12 @@ def test_classes_are_found_by_number_id_name_or_part_of_a_name():
     for word, k in {"golden retriever": 207, "207": 207, "n02099601": 207, "tench": 0,
                     "Tinca tinca": 0, "tench, Tinca tinca": 0, "TIGER": 292, "goldfish": 1,
                     "curly-coat": 206}.items():
-        assert sample.find_class(word, names) == k, word
+        assert data.find_class(word, names) == k, word
     for word, words in {"retriever": "may be any of 205 flat-coated retriever; 206",
                         "crane": "134 crane; 517 crane",
                         "unicorn": "this checkpoint knows tench"}.items():
-        refused(lambda: sample.find_class(word, names), words)
-    assert sample.find_class("7", [str(k) for k in range(10)]) == 7
+        refused(lambda: data.find_class(word, names), words)
+    assert data.find_class("7", [str(k) for k in range(10)]) == 7
 
 
 # ================================================================ what it takes

@@ -826,7 +826,7 @@ def test_refinement_moves_the_images_of_a_class_in_its_one_random_order(how, dra
         for k, row in zip(y.tolist(), order.tolist()):
             used.setdefault(k, set()).add(tuple(row))
     m = models.load_model(runs["mar-tiny"])[0]
-    assert used == {k: {tuple(sample.class_order(m, k).tolist())} for k in (3, 7)}
+    assert used == {k: {tuple(m.order(k).tolist())} for k in (3, 7)}
     assert len(set.union(*used.values())) == 2, "another order for each class"
 
     plain, _ = draw("mar-tiny", *PLAIN, "--order", "random")

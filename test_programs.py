@@ -228,7 +228,7 @@ def test_only_what_depends_on_a_change_is_computed_anew_and_says_why(
 def test_a_damaged_file_is_said_and_computed_anew(name, how, tmp_path, capsys):
     out, file, fresh = Counted(tmp_path).refine(), tmp_path / f"{name}.pt", Counted(tmp_path)
     kept = torch.load(file, weights_only=True)
-    sample.tensors(kept["value"])[0].fill_(math.nan)
+    files.tensors(kept["value"])[0].fill_(math.nan)
     torch.save(kept if how == "nan" else [1, 2], file)
     if how in ("cut", "text"):
         file.write_bytes(file.read_bytes()[:500] if how == "cut" else b"hello")
@@ -327,15 +327,15 @@ def test_another_seed_fits_nothing_anew_and_another_guidance_the_maps_alone(own_
 def test_classes_and_pictures_are_as_asked_for(own_run):
     names = ["one", "tiger, Panthera tigris", "tiger shark", "2"]
     words = ("one", "0", "Tiger", "panthera tigris", "shark", "2")
-    assert [sample.find_class(w, names) for w in words] == [0, 0, 1, 1, 2, 3]
+    assert [data.find_class(w, names) for w in words] == [0, 0, 1, 1, 2, 3]
     with pytest.raises(ValueError, match="may be any of 1 tiger, Panthera tigris; 2 tiger shark"):
-        sample.find_class("tig", names)
+        data.find_class("tig", names)
     numbers = ["1", "10", "2", "3"]                            # as folders are sorted
-    assert [sample.find_class(w, numbers) for w in ("1", "2", "10")] == [0, 2, 1]
+    assert [data.find_class(w, numbers) for w in ("1", "2", "10")] == [0, 2, 1]
     with pytest.raises(ValueError, match="--classes 0: this checkpoint knows 1, 10, 2, 3"):
-        sample.find_class("0", numbers)
+        data.find_class("0", numbers)
     one, two = "caf\u00e9", "cafe\u0301"                       # an e with its accent, or two signs
-    assert sample.find_class(one, ["tea", two]) == sample.find_class(two, ["tea", one]) == 1
+    assert data.find_class(one, ["tea", two]) == data.find_class(two, ["tea", one]) == 1
     done(sample, "--ckpt", own_run, *DRAW, "--classes", 3, 7, "--n", 5, "--out", own_run / "a.npz")
     assert read(own_run / "a.npz")[1] == [3, 7, 3, 7, 3]
     done(sample, "--ckpt", own_run / "ckpt.pt", *DRAW, "--classes", 3, 7, "--n", 6)
@@ -823,7 +823,7 @@ REGISTERS = '''        shape = (2, 1, cfg.n_head, 4, d // cfg.n_head)    # four 
         seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=h.device)
         a = F.scaled_dot_product_attention(q, k, v, seen.tril(k.shape[2] - q.shape[2]))
 '''
-CURVE = '''        if not refiner:
+CURVE = '''        if not refine:
             raise ValueError("a curve of divergences needs targets: add --refine default")
         from ot_refine import divergence, sq_cost
         import matplotlib.pyplot as plt
@@ -831,8 +831,8 @@ CURVE = '''        if not refiner:
 
         def watch(i, c, refined):
             if i > 0:
-                target, axes = refiner.targets[i], refiner.axes[i]
-                reg = refiner.reg * sq_cost(target, target).mean()
+                target, axes = refine.targets[i], refine.axes[i]
+                reg = refine.reg * sq_cost(target, target).mean()
                 curve.append([divergence(z.float() @ axes, target, reg, tol=1e-3).item()
                               for z in (c, refined)])
         options["on_condition"] = watch

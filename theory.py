@@ -39,7 +39,7 @@ from evaluate import frechet_distance
 from model import KINDS
 from ot_refine import Sinkhorn, jko_step, sq_cost
 from rivals import InverseMap
-from sample import Refinement, class_order, ideal_conditions, raster_order, tokens_of
+from sample import Refinement, ideal_conditions, tokens_of
 
 SCHEDULE = Schedule()
 LEVELS = (50, 200, 400, 700)            # noise levels t at which scores are compared
@@ -264,11 +264,6 @@ class Subject:
         return {name: chain for name, chain in found.items() if chain is not None}
 
 
-def one_order(model, k, seed=0):
-    """One random order for all classes, so that a place is a position: see sample.class_order."""
-    return class_order(model, 0, seed)
-
-
 def real_chain(model, tokens, classes, m, order):
     """Chain of real images: as many of each class as the smallest class has, at most m."""
     x = [tokens(k, m) for k in classes]
@@ -329,15 +324,14 @@ def observe(kind, args):
     if len(classes) < 2:
         raise ValueError(f"--{kind}: the model knows one class; at least 2 are needed, as "
                          "intervals are taken over classes")
-    order = raster_order(model, 0) if kind == "cdm" else one_order(model, 0)
+    order = model.order(0)                   # one for all classes, so that a place is a position
     sampling, seen = {"steps": args.steps}, tokens_of(job.dataset(), "train")
     real = [real_chain(model, tokens, classes, args.m, order)
             for tokens in (seen, tokens_of(job.dataset(), "heldout"))]
     plain = drawn(model, classes, args.n, sampling, order, args.seed)
     s = Subject(kind, model, order, job.state["data"]["patch"], *real, plain)
     if kind != "cdm":
-        refinement = Refinement(model, seen, sampling, m=args.m, n_cal=args.n_cal,
-                                order_of=one_order)
+        refinement = Refinement(model, seen, sampling, m=args.m, n_cal=args.n_cal, orders="one")
         refiners = {k: refinement.refiner(k) for k in classes}
         s.refined = drawn(model, classes, args.n, sampling, order, args.seed, refiners)
     print(f"{kind:12} {time.time() - began:5.1f} s  {job.path}, step {job.state['step']}: "
