@@ -366,14 +366,14 @@ class ImageNoise:
     def __len__(self):
         return len(self.streams)
 
-    def draw(self, fill, shape):
+    def filled(self, fill, shape):
         out = torch.empty(len(self), *shape, device=self.device)
         for z, g in zip(out, self.streams):
             fill(z, generator=g)
         return out
 
     def randn(self, *shape):
-        return self.draw(torch.Tensor.normal_, shape)
+        return self.filled(torch.Tensor.normal_, shape)
 
     def rand(self, *shape):
-        return self.draw(torch.Tensor.uniform_, shape)
+        return self.filled(torch.Tensor.uniform_, shape)

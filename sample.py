@@ -424,7 +424,7 @@ def main():
         write_png(out, image_grid(images[index.numpy()], min(10, n // len(ids) or n)))
     what = "images" if images.dtype == np.uint8 else f"latents {images.shape[1:]}, unscaled,"
     print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second)"
-          + f" after {spent:.1f} s of calibration" * (spent > 0) + f", {args.steps} steps, "
+          + f" after {spent:.1f} s of preparation" * (spent > 0) + f", {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
 
 

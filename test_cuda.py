@@ -623,8 +623,8 @@ def test_on_a_gpu_fp32_draws_are_those_of_the_cpu(name, solver):
     model, y = tiny(name), torch.tensor([3, 1])
 
     class Noise(ImageNoise):                # CUDA's streams are others: the CPU's noise, sent there
-        def draw(self, fill, shape):
-            return super().draw(fill, shape).to(y.device)
+        def filled(self, fill, shape):
+            return super().filled(fill, shape).to(y.device)
     want = model.generate(y, ImageNoise(0, range(2)), 3.0, solver=solver, steps=5)
     y = y.cuda()
     got = model.cuda().generate(y, Noise(0, range(2)), 3.0, solver=solver, steps=5)

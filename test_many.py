@@ -141,3 +141,16 @@ def test_shared_refinement_draws_nothing_beforehand_and_batches_of_many_classes(
     y = torch.arange(40) % 10
     plain = model.generate(y, ImageNoise(0, range(40)), **sampling)
     assert not torch.allclose(torch.from_numpy(images), plain, atol=1e-2), "refined"
+
+
+def test_targets_that_are_kept_for_orders_by_class_are_not_used_for_one_order(tmp_path):
+    torch.manual_seed(0)
+    model = build(preset("mar-tiny", grid=2, num_classes=10, token_dim=4)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    tokens_of = lambda k, m: torch.randn(30, 4, 4, generator=torch.Generator().manual_seed(k))
+    make = lambda kind, folder: kind(model, tokens_of, dict(steps=2), m=30, folder=folder)
+    assert not torch.equal(model.order(3), model.order(0))
+    kept = [make(kind, tmp_path).targets(3) for kind in (sample.Refinement, many.Shared)]
+    assert torch.equal(kept[1], make(many.Shared, None).targets(3))
+    assert not torch.equal(*kept)
