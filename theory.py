@@ -20,6 +20,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import ot
@@ -814,8 +815,8 @@ def report(evidence, args, out):
         rows = [[where, *(cells.get(key, "") for key in columns),
                  *(holds.get(word, "") for word in words)] for where, cells, holds in e.rows]
         said = verdict(e)
-        pages.append(f"\n## {name}\n\n{e.claim}.\n\n![{name}]({name}.png)\n\n"
-                     f"{said[0].upper() + said[1:]}. (Rule: {e.rule}.)\n\n"
+        pages.append(f"\n## {name}\n\n{fill(e.claim + '.', 120)}\n\n![{name}]({name}.png)\n\n"
+                     + fill(f"{said[0].upper() + said[1:]}. (Rule: {e.rule}.)", 120) + "\n\n"
                      + table(["", *(key.replace("_", " ") for key in columns), *words], rows))
         curves = {title: [(label, x, y) for label, x, y, _ in lines]
                   for title, lines, _, _ in e.panels}
@@ -823,10 +824,11 @@ def report(evidence, args, out):
                         "rows": {where: {**cells, **holds} for where, cells, holds in e.rows}}
     write_text(
         out / "theory.md",
-        "# The paper's claims, measured\n\nDoes a claim hold in a toy that meets its assumptions, "
-        f"and on trained models ({args.n} drawn and at most {args.m} real images of each of "
-        f"{args.classes} classes, {args.steps} evaluations a patch, no guidance)? Intervals are "
-        "95 % bootstrap ones; S is the debiased Sinkhorn divergence. All numbers: theory.json.\n\n"
+        "# The paper's claims, measured\n\n" + fill(
+            "Does a claim hold in a toy that meets its assumptions, and on trained models "
+            f"({args.n} drawn and at most {args.m} real images of each of {args.classes} classes, "
+            f"{args.steps} evaluations a patch, no guidance)? Intervals are 95 % bootstrap ones; S "
+            "is the debiased Sinkhorn divergence. All numbers: theory.json.", 120) + "\n\n"
         + table(["claim", "toy", *KINDS], short) + "".join(pages))
     given = {k: v for k, v in vars(args).items() if not k.startswith("_")}
     write_text(out / "theory.json", json.dumps({"args": given, "claims": claims}, indent=1,
