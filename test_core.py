@@ -452,14 +452,13 @@ def test_single_constant_repeated_and_huge_points_stay_finite(name):
         assert (got - want).abs().max() < 1e-3
 
 
-def test_sinkhorn_that_does_not_converge_warns_once_with_numbers(monkeypatch):
-    monkeypatch.setattr(R, "_warned", set())
-    cost = R.sq_cost(*clouds())
-    with pytest.warns(RuntimeWarning, match=r"n_iter=1 with marginal error .* > 1e-12 \(30 x 24"):
-        R.sinkhorn(cost, 1.0, n_iter=1, tol=1e-12)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        R.sinkhorn(cost, 1.0, n_iter=1, tol=1e-12)
+def test_sinkhorn_that_does_not_converge_warns_once():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")                 # as Python has it
+        for seed in range(3):
+            R.sinkhorn(R.sq_cost(*clouds()) + seed, 1.0, n_iter=1, tol=1e-12)
+    assert [str(w.message) for w in said] == ["Sinkhorn stopped after n_iter=1, its marginals not "
+                                              "yet met to 1e-12: raise reg"]
 
 
 def test_the_frozen_map_is_the_documented_formula_and_each_point_s_own():
@@ -559,7 +558,7 @@ def test_a_map_without_fit_and_conditions_that_are_not_finite_are_refused(monkey
         refiner(stages=(("shift", 1.0),))
     r, c = refiner()
     c[3, 2] = float("nan")
-    with pytest.raises(ValueError, match="240 values of the conditions at place 1 are not finite"):
+    with pytest.raises(ValueError, match="conditions at place 1 are not finite"):
         r(1, c)
 
 
