@@ -481,7 +481,7 @@ class Bench:
             old = torch.optim.AdamW(model.parameters(), 1e-6, foreach=False, fused=False)
 
             def by_hand():                      # the same draws, and mask ratio, for both
-                draws = model.randomness(batch, training.generator(self.device, args.seed, 0))
+                draws = model.randomness(batch, training.stream(self.device, args.seed, 0))
                 plain.step(ema, old, tokens, y.to(self.device), draws)
 
             def this():

@@ -1,4 +1,4 @@
-"""The command line: flags, devices, signals, errors. Nothing of the method.
+"""The command line: flags, processes, devices, signals, errors. Nothing of the method.
 
 A flag that a program has not looked at before its work begins would change nothing, and is an error
 (Flags.check_used): so each is looked at only where it has an effect. `run` turns bad input, a full
@@ -97,6 +97,30 @@ def number(kind, low, high=None):
     return parse
 
 
+def parse_settings(pairs, kinds, limits):
+    """{name: value} of the NAME=VALUE pairs of --set. kinds: {name: type}; limits: {name: (low,
+    high), or the words to choose from}. ValueError for another name, type or value."""
+    values = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in kinds:
+            raise ValueError(f"--set {pair}: no such setting; {closest(name, kinds)}")
+        kind, limit = kinds[name], limits.get(name)
+        try:
+            value = {"0": False, "1": True}[text] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            what = "0 or 1" if kind is bool else f"<{kind.__name__}>"
+            raise ValueError(f"--set {pair}: expected {name}={what}") from None
+        if limit and kind is str and value not in limit:
+            raise ValueError(f"--set {pair}: choose {' or '.join(limit)}")
+        if limit and kind is not str and not limit[0] <= value <= limit[1]:          # nor NaN
+            raise ValueError(f"--set {name}={value} is out of range: {limit[0]} to {limit[1]}")
+        values[name] = value
+    return values
+
+
+# ---------------------------------------------------------------- signals
+
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PATIENCE = 10           # seconds
 
@@ -129,6 +153,26 @@ def leave(number, frame):
         name = signal.Signals(number).name
         os.write(2, f"{Path(sys.argv[0]).name}: stopped by {name}\n".encode())
     os._exit(128 + number)
+
+
+# ---------------------------------------------------------------- processes, devices
+
+class World:
+    """Rank and size under torchrun, or 0 of 1 alone; the device of this process."""
+
+    def __init__(self, device):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = pick_device(device)
+        if self.size > 1:
+            join("nccl" if self.device.type == "cuda" else "gloo", timedelta(minutes=10))
+
+    def mean(self, *values):
+        """The mean of each value over the ranks, as floats."""
+        import torch
+        total = torch.tensor([float(v) for v in values], device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return [v / self.size for v in total.tolist()]
 
 
 def join(backend, wait):
@@ -175,6 +219,8 @@ def set_threads(model, device, threads=0):
             import fast
             fast.exact_products()
 
+
+# ---------------------------------------------------------------- output, errors
 
 class Stream(io.FileIO):
     """Standard output whose reader may go away (`| head`, a closed terminal): the work goes on."""

@@ -6,14 +6,12 @@ is damaged or foreign in one line (ValueError).
 """
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
 import os
 import platform
 import re
-import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -67,6 +65,11 @@ def write_text(path, text):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=1))
+
+
+def save_checkpoint(path, state):
+    """Write plain values and tensors."""
+    write(path, lambda f: torch.save(state, f))
 
 
 def write_png(path, picture):
@@ -203,6 +206,14 @@ def read_weights(path, what):
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     return check_weights(plain_names(state), path, what)
+
+
+def plain_names(weights):
+    """Weights by the names that they have without DDP and torch.compile, if it is a dict."""
+    if not isinstance(weights, dict):
+        return weights
+    return {name.replace("_orig_mod.", "").removeprefix("module.") if isinstance(name, str)
+            else name: value for name, value in weights.items()}
 
 
 def check_weights(state, path, what):
@@ -445,162 +456,3 @@ def read_kept(path, made_for, device):
 def shapes(value):
     """[(name, type, shape)] of its tensors: a foreign value has others."""
     return [(name, str(z.dtype), tuple(z.shape)) for name, z in named_tensors(value)]
-
-
-# ---------------------------------------------------------------- checkpoints, the folder of a run
-
-NAMES = ("ckpt.pt", "checkpoint-last.pth")          # of a run, of MAR's runs
-FIELDS = {"config": dict, "model": dict, "ema": dict, "data": dict, "step": int}
-FACTS = {"dataset": str, "size": int, "patch": int, "channels": int, "class_names": list}
-MAYBE = {"x0_bound": float, "data_dir": str, "cache_dir": str, "vae": dict}     # or None
-
-
-def save_checkpoint(path, state):
-    """Write plain values and tensors."""
-    write(path, lambda f: torch.save(state, f))
-
-
-def find_checkpoint(path):
-    """A checkpoint file from a file or a run directory; ValueError if there is none."""
-    path = Path(path)
-    files = [path / name for name in NAMES] if path.is_dir() else [path]
-    for file in files:
-        if file.exists():
-            return file
-    raise ValueError(f"no checkpoint at {files[0]}; train one with: python train.py --out_dir "
-                     f"{path if path.suffix == '' else path.parent}")
-
-
-def plain_names(weights):
-    """Weights by the names that they have without DDP and torch.compile, if it is a dict."""
-    if not isinstance(weights, dict):
-        return weights
-    return {name.replace("_orig_mod.", "").removeprefix("module.") if isinstance(name, str)
-            else name: value for name, value in weights.items()}
-
-
-def read_checkpoint(path):
-    """The dict that train.py saved, or MAR's released weights as such a dict.
-
-    Raises ValueError if the file is damaged, foreign or not finite.
-    """
-    path = find_checkpoint(path)
-    if path.suffix == ".safetensors":
-        import mar
-        return mar.from_mar({"model": plain_names(read_safetensors(path))}, path)
-    state = read_torch(path)
-    known = plain_names(state) if isinstance(state, dict) else {}
-    known |= {k: plain_names(known[k]) for k in ("model", "ema", "model_ema") if k in known}
-    inner = known.get("model") if isinstance(known.get("model"), dict) else known
-    if "config" not in known and ("model_ema" in known or "z_proj.weight" in inner):
-        import mar
-        return mar.from_mar(known, path)
-    try:
-        check_fields(known, FIELDS)
-        facts = known["data"]
-        check_fields(facts, FACTS | {k: v for k, v in MAYBE.items() if facts.get(k) is not None})
-        check_fields(facts.get("vae") or {"scale": 1.0}, {"scale": float})
-        if not 0 < (facts.get("x0_bound") or 1.0) < 1e9:
-            raise ValueError(f"x0_bound = {facts['x0_bound']}")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a checkpoint of train.py: {error}") from None
-    for part in ("model", "ema"):
-        check_weights(known[part], path, "generator")
-    return known
-
-
-def check_fits(cfg, facts, n_tensors):
-    """ValueError unless a model.Config agrees with the data facts and the number of tensors that
-    stand beside it in a file."""
-    deep, names = max(cfg.n_layer, cfg.n_decoder, cfg.head_depth), facts["class_names"]
-    if deep > n_tensors or len(names) != cfg.num_classes or not all(
-            isinstance(name, str) for name in names):
-        raise ValueError(f"{deep} layers and {cfg.num_classes} classes in {n_tensors} tensors with "
-                         f"the names of {len(names)} classes")
-    size, patch = facts["size"], facts["patch"]
-    if not facts.get("vae") and (patch < 1 or size != cfg.grid * patch
-                                 or cfg.token_dim != facts["channels"] * patch ** 2):
-        raise ValueError(f"{cfg.grid} x {cfg.grid} tokens of {cfg.token_dim} for images of {size} "
-                         f"pixels in patches of {patch}")
-
-
-def has_steps(path):
-    """Is there a checkpoint that would be lost if a run began at `path` anew?"""
-    if not path.exists():
-        return False
-    state = read_checkpoint(path)
-    return state["step"] != 0 or "records" not in state
-
-
-def check_run(state, path):
-    """ValueError unless a checkpoint's dict holds a run that can be resumed."""
-    if not {"optimizers", "records", "args"} <= set(state):
-        raise ValueError(f"{path} holds weights, but no run that could be resumed (no optimiser); "
-                         f"to fine-tune them: --init {path}, with another --out_dir")
-    try:
-        check_fields(state, {"optimizers": list, "records": list, "args": dict})
-        check_fields(state["data"], {"n_train": int})
-        for record in state["records"]:
-            check_fields(record, {"step": int, "loss": float, "heldout_loss": float})
-        if not 0 <= max(r["step"] for r in [*state["records"], state]) <= state["step"]:
-            raise ValueError(f"step = {state['step']}, with records beyond it")
-    except ValueError as error:
-        raise ValueError(f"{path} holds no run that could be resumed: {error}") from None
-
-
-def save_run(path, state):
-    """Write what train.py saves, and its records as metrics.jsonl beside it."""
-    try:
-        save_checkpoint(path, state)
-    except ValueError as error:
-        good = f"that of step {read_checkpoint(path)['step']}" if path.exists() else "none yet"
-        raise ValueError(f"step {state['step']} could not be saved: {error}; the last good "
-                         f"checkpoint is {good}") from None
-    write_records(path, state["records"])
-
-
-def write_records(path, records):
-    write_text(path.with_name("metrics.jsonl"), "".join(json.dumps(r) + "\n" for r in records))
-
-
-def plot_loss(path, records):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(5, 3), layout="constrained")
-    for key, label in (("loss", "training"), ("heldout_loss", "held out, averaged weights")):
-        ax.plot([r["step"] for r in records], [r[key] for r in records], label=label, marker=".")
-    ax.set(xlabel="step", ylabel="diffusion loss", yscale="log")
-    ax.legend()
-    write(path, lambda f: fig.savefig(f, dpi=110))
-    plt.close(fig)
-
-
-def check_space(path, need):
-    """ValueError where a checkpoint at `path` and its successor could not be saved, whose tensors
-    take `need` bytes. The caller holds the lock of the folder: what killed trainers left goes."""
-    path = path.resolve()
-    sweep(path, alone=True)
-    need, what = 1.03 * need + 2 ** 17, "the next checkpoint"                # names, pictures
-    if not path.exists():
-        need, what = 2 * need, "a checkpoint and its successor"
-    free = shutil.disk_usage(path.parent).free
-    if free < need:
-        raise ValueError(f"--out_dir {path.parent} has {free / 2**20:.1f} MiB free, but must have "
-                         f"{need / 2**20:.1f} MiB for {what}")
-
-
-def lock(out):
-    """An open file whose lock this process holds, so that no other trains in `out`; any death of
-    the process releases it."""
-    file = open(output_folder(out) / ".lock", "a+b", buffering=0)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise ValueError(f"another train.py, {file.read().decode()}, runs in {out}; stop it, or "
-                         "choose another --out_dir") from None
-    file.truncate(0)
-    with contextlib.suppress(OSError):                                       # a full disk
-        file.write(f"pid {os.getpid()} on {platform.node()}".encode())
-    return file

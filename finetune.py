@@ -8,8 +8,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from files import find_checkpoint, has_steps
 from model import PRESETS, load_model, preset
+from runs import find_checkpoint, has_steps
 
 # fields of Config that decide how a model is trained, not what it is
 TRAINING = ("dropout", "class_dropout", "diffusion_batch_mul", "mask_min", "mask_std")

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 import sets
 from data import DATASETS, patchify
 from diffloss import TimeEmbedding
-from files import check_output, check_weights, read_checkpoint, save_checkpoint
+from files import check_output, check_weights, save_checkpoint
 from model import PRESETS, Config, Generator, build, guidance_at, rope_2d, rotate
+from runs import read_checkpoint
 from vae import KL16_SCALE, state_problem
 
 

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 
 from diffloss import OBJECTIVES, T_TRAIN, DenoisingMLP
 from command import closest
-from files import check_fields, check_fits, read_checkpoint
+from files import check_fields
+from runs import check_fits, read_checkpoint
 
 # CHOICE(guidance): only the conditional branch is refined, so that guidance multiplies the
 # displacement, too. This scale is from the tuning sets. Alternative: none, 1. Flag: --cfg_scale.

@@ -38,7 +38,7 @@ def built(fields, recompute):
     with torch.device("meta"):
         model = build(Config(**dict(fields)))
     if recompute:
-        from train import checkpoint_blocks
+        from fast import checkpoint_blocks
         checkpoint_blocks(model)
     return model
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import (check_output, digest_of_code, find_checkpoint, kept, weights_digest, write,
-                   write_png)
+from files import check_output, digest_of_code, kept, weights_digest, write, write_png
 from model import GUIDANCE, load_model
 from ot_refine import METHODS, Refiner, principal_axes, stages
+from runs import find_checkpoint
 
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps

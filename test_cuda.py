@@ -30,6 +30,7 @@ from command import pick_device
 from diffloss import ImageNoise
 from files import save_checkpoint
 from model import build, preset
+from muon import orthogonal
 from ot_refine import MAPS, METHODS, Gaussian, Refiner, stages
 from sample import Refinement, draw
 from test_core import settings_kept
@@ -479,7 +480,7 @@ def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(monkeypat
 def test_muon_in_bf16_gives_nearly_the_step_of_fp32():
     g = torch.randn(3, 96, 64, generator=torch.Generator().manual_seed(0))
     # both are only nearly orthogonal: singular values of .7 to 1.2
-    assert relative(train.orthogonal(g.bfloat16()), train.orthogonal(g)) < 0.05
+    assert relative(orthogonal(g.bfloat16()), orthogonal(g)) < 0.05
 
 
 # ================================================================ a CUDA build, no driver

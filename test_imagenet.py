@@ -39,6 +39,7 @@ import sets
 import train
 import vae
 from model import build, preset
+from runs import read_checkpoint
 from vae import KL16, KL16_SCALE, latent_scale, load_kl16
 
 ROOT = Path(__file__).parent
@@ -491,7 +492,7 @@ def latent_run(tmp_path_factory, vae_files):
 def test_training_on_latents_leaves_decoded_samples_and_resumes_bitwise(
         latent_run, vae_files, tmp_path, monkeypatch, capsys):
     run, folder, cache = latent_run
-    state = files.read_checkpoint(run)
+    state = read_checkpoint(run)
     assert state["config"]["token_dim"] == 4 and state["config"]["grid"] == 4
     assert state["data"]["vae"]["fingerprint"] and Image.open(run / "samples.png").mode == "RGB"
 
@@ -502,7 +503,7 @@ def test_training_on_latents_leaves_decoded_samples_and_resumes_bitwise(
     for out, steps in (("a", 3), ("b", 1), ("b", 3)):
         code, _, err = fit(out, vae_files[0], steps)
         assert code == 0, err
-    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
+    a, b = (read_checkpoint(tmp_path / out) for out in "ab")
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     code, _, err = fit("b", vae_files[1], 3)
     assert code == 2 and "made with another vae" in err
@@ -711,7 +712,7 @@ def array_run(tmp_path_factory):
 def test_a_model_of_arrays_resumes_bitwise_and_shows_a_picture_only_where_a_vae_fits(
         array_run, vae_files, tmp_path, monkeypatch, capsys):
     run, file = array_run
-    state = files.read_checkpoint(run)
+    state = read_checkpoint(run)
     assert (state["config"]["token_dim"], state["config"]["grid"]) == (16, 2)
     assert state["data"]["vae"]["fingerprint"] is None and not (run / "samples.png").exists()
 
@@ -723,7 +724,7 @@ def test_a_model_of_arrays_resumes_bitwise_and_shows_a_picture_only_where_a_vae_
         code, shown, err = fit(out, steps, *more)
         assert code == 0, err
         assert ("no samples.png" in shown) == (more == ())
-    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
+    a, b = (read_checkpoint(tmp_path / out) for out in "ab")
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     assert Image.open(tmp_path / "b" / "samples.png").mode == "RGB"
 
@@ -900,7 +901,7 @@ def test_a_process_killed_while_caching_costs_one_shard_and_two_processes_train_
         a, b = (np.load(folder / f"{k:05d}.npy").astype(np.float32)
                 for folder in (cache, tmp_path / "d"))
         assert np.abs(a - b).max() < 2e-3, k
-    a, b = (files.read_checkpoint(tmp_path / name) for name in ("one", "two"))
+    a, b = (read_checkpoint(tmp_path / name) for name in ("one", "two"))
     assert a["data"]["class_names"] == ["tench, Tinca tinca", "golden retriever"]
     assert (a["data"]["n_train"], a["data"]["n_heldout"]) == (20, 4)
     # the order of fp32 sums, under Adam
@@ -1153,7 +1154,7 @@ def test_the_commands_of_a_row_fit_each_other_and_the_machine(name, size):
         args[what] = arguments(program, flags)
     run = args["training"]
     assert run.dataset == f"imagenet{size}" and run.model == name
-    assert run.settings["warmup"] * 4 == run.steps and run.settings["optimizer"] == "adamw"
+    assert run.warmup * 4 == run.steps and run.optimizer == "adamw"
     assert abs(run.steps * run.global_batch / plan.IMAGENET - 400) < 1, "epochs"
     for fit in (1, 7, 52, 300):
         share = run.global_batch / 8 / plan.accumulation(fit)

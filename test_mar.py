@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import command
+import fast
 import files
 import mar
 import model as models
@@ -29,6 +30,7 @@ from data import patchify
 from diffloss import DiffLoss, ImageNoise, ddpm, respaced, respaced_steps
 from mar import gather
 from model import PRESETS, Config, build, preset
+from runs import read_checkpoint
 from vae import KL16_SCALE
 
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "assets"))
@@ -686,7 +688,7 @@ def test_a_mar_file_whose_args_contradict_its_tensors_is_refused(tmp_path):
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_names_of_ddp_and_compile_are_those_of_the_plain_module(prefix, runs, tmp_path):
     put = lambda weights: {prefix + k: v for k, v in weights.items()}
-    state = files.read_checkpoint(runs["cdm-tiny"])
+    state = read_checkpoint(runs["cdm-tiny"])
     torch.save({**state, "model": put(state["model"]), "ema": put(state["ema"])}, tmp_path / "c.pt")
     m = relative_of(tmp_path / "m.pth")
     mar_state = torch.load(tmp_path / "m.pth", weights_only=False)
@@ -725,7 +727,7 @@ def test_two_and_two_steps_equal_four_bitwise(name, runs, program, tmp_path, mon
                                   "--steps", 4, *FAST)
         assert code == 0, err
     assert "resuming" in text and "step 2 of 4" in text
-    a, b = (files.read_checkpoint(tmp_path / out) for out in "ab")
+    a, b = (read_checkpoint(tmp_path / out) for out in "ab")
     assert a["step"] == b["step"] == 4
     assert all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
     losses = [[json.loads(line)["heldout_loss"]
@@ -735,7 +737,7 @@ def test_two_and_two_steps_equal_four_bitwise(name, runs, program, tmp_path, mon
 
 
 def test_a_run_from_before_a_field_of_config_goes_on(runs, program, tmp_path):
-    state = files.read_checkpoint(runs["mar-tiny"])
+    state = read_checkpoint(runs["mar-tiny"])
     del state["config"]["n_decoder"]
     files.save_checkpoint(tmp_path / "ckpt.pt", state)
     code, text, err = program(train, "--model", "mar-tiny", "--out_dir", tmp_path, "--steps", 2,
@@ -767,7 +769,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_bitwise(name):
     for recompute in (False, True):
         m = tiny(name, dropout=0.2).train()
         if recompute:
-            train.checkpoint_blocks(m)
+            fast.checkpoint_blocks(m)
         x, y = tokens(4, m)
         torch.manual_seed(1)
         loss = m.loss(x, y, draws_with_context(m, 4)).sum()
@@ -920,7 +922,7 @@ def test_fine_tuning_starts_from_averaged_weights_and_goes_on_without_the_file(
     flags = ["--out_dir", out, *INIT, source]
     code, shown, err = program(train, *flags, "--steps", 0, "--set", "dropout=0")
     assert code == 0 and "10 of 10 classes keep their embedding" in shown, err
-    old, new = files.read_checkpoint(source), files.read_checkpoint(out)
+    old, new = read_checkpoint(source), read_checkpoint(out)
     for part in ("model", "ema"):
         assert all(torch.equal(new[part][k], v) for k, v in old["ema"].items())
     assert new["step"] == 0 and new["args"]["init"] == str(source)
@@ -931,7 +933,7 @@ def test_fine_tuning_starts_from_averaged_weights_and_goes_on_without_the_file(
     assert code == 0, err
     shutil.rmtree(source)
     code, shown, err = program(train, *flags, "--steps", 2, "--set", "dropout=0")
-    assert code == 0 and "resuming" in shown and files.read_checkpoint(out)["step"] == 2, err
+    assert code == 0 and "resuming" in shown and read_checkpoint(out)["step"] == 2, err
     code, _, err = program(train, "--out_dir", out, "--model", "mar-tiny", "--steps", 3, *FAST)
     assert code == 2 and "another run" in err and "init" in err, err
 
@@ -951,7 +953,7 @@ def test_classes_keep_their_embedding_by_name_and_others_start_anew(
     code, shown, err = program(train, "--out_dir", tmp_path / "o", "--dataset", "folder",
                                "--data_dir", tmp_path / "f", "--steps", 0, *INIT, runs[name])
     assert code == 0 and "2 of 3 classes keep their embedding" in shown, err
-    old, new = (files.read_checkpoint(f)["ema"] for f in (runs[name], tmp_path / "o"))
+    old, new = (read_checkpoint(f)["ema"] for f in (runs[name], tmp_path / "o"))
     old_table, table = old.pop("class_emb.weight"), new.pop("class_emb.weight")
     assert all(torch.equal(new[k], v) for k, v in old.items())
     assert torch.equal(table[:2], old_table[[3, 7]])
@@ -978,7 +980,7 @@ def test_weights_of_mar_are_fine_tuned_in_the_scale_that_they_know(program, tmp_
     code, _, err = program(train, "--out_dir", tmp_path / "o", *flags, "--patch", 2, *INIT,
                            tmp_path / "m.pth")
     assert code == 0, err
-    state = files.read_checkpoint(tmp_path / "o")
+    state = read_checkpoint(tmp_path / "o")
     assert state["data"]["vae"]["scale"] == KL16_SCALE
     std = KL16_SCALE * latents.std()
     assert state["data"]["x0_bound"] == pytest.approx(5 * std, rel=0.05), "beside the mean"
@@ -1024,7 +1026,7 @@ def test_our_mar_weights_come_back_from_mar_s_layout(runs, program, tmp_path):
         code, _, err = program(mar, "export", ckpt, target)
         assert code == 2 and words in err and file.read_bytes() == before
 
-    state = files.read_checkpoint(runs["mar-tiny"])
+    state = read_checkpoint(runs["mar-tiny"])
     state["config"]["objective"] = "flow"
     with pytest.raises(ValueError, match="MAR's head predicts eps"):
         mar.export_mar(tmp_path / "f.pth", state)

@@ -30,17 +30,19 @@ from PIL import Image
 import data
 import evaluate
 import command
-import files
 import model as models
 import ot_refine as R
 import sample
 import train
 from data import patchify, unpatchify
 from diffloss import ImageNoise
+from muon import Muon, orthogonal
+from runs import lock, read_checkpoint
 from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, tokens
 
 ROOT = Path(__file__).parent
-CORE = ("command", "files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate")
+CORE = ("command", "files", "runs", "data", "diffloss", "model", "ot_refine", "sample", "muon",
+        "train", "evaluate")
 TESTS = ("test_core", "test_programs")
 OUTER = {f.stem for f in ROOT.glob("*.py") if not f.name.startswith("test_")} - {*CORE}
 
@@ -111,7 +113,7 @@ def changed(run, path, change):
 
 
 def largest_difference(a, b):
-    a, b = (files.read_checkpoint(out) for out in (a, b))
+    a, b = (read_checkpoint(out) for out in (a, b))
     assert a["step"] == b["step"]
     return max(float((a[part][k] - b[part][k]).abs().max())
                for part in ("model", "ema") for k in a[part])
@@ -409,7 +411,7 @@ def test_a_run_leaves_checkpoint_pictures_and_metrics_and_is_not_trained_again(o
     record, = (json.loads(line) for line in (own_run / "metrics.jsonl").read_text().splitlines())
     assert record["step"] == 2 and np.isfinite(record["heldout_loss"])
     assert all(Image.open(own_run / f"{n}.png").size[0] > 100 for n in ("samples", "loss"))
-    state, before = files.read_checkpoint(own_run), (own_run / "ckpt.pt").stat().st_mtime_ns
+    state, before = read_checkpoint(own_run), (own_run / "ckpt.pt").stat().st_mtime_ns
     assert state["data"]["class_names"] == [str(k) for k in range(10)]
     assert state["versions"]["torch"] == str(torch.__version__)
     assert "nothing to train" in fit(own_run)
@@ -454,16 +456,16 @@ def test_a_signal_finishes_the_step_saves_and_exits_zero(name, tmp_path):
     os.kill(p.pid, name)
     p.join(120)
     assert p.exitcode == 0 and "stopped by a signal; saved" in log.read_text(), log.read_text()
-    assert files.read_checkpoint(tmp_path / "r")["step"] > 0
+    assert read_checkpoint(tmp_path / "r")["step"] > 0
 
 
 def test_a_second_trainer_in_the_same_folder_is_refused_while_the_first_lives(own_run):
     before = (own_run / "ckpt.pt").read_bytes()
-    first = files.lock(own_run)
+    first = lock(own_run)
     refused(f"another train.py, pid {os.getpid()} on", train, "--out_dir", own_run, *FAST)
     assert (own_run / "ckpt.pt").read_bytes() == before
     first.close()
-    files.lock(own_run).close()
+    lock(own_run).close()
 
 
 def dies_in_the_second_save():
@@ -529,12 +531,46 @@ def test_what_is_not_finite_stops_a_run_and_the_last_good_checkpoint_stays(
 def test_muon_gives_every_direction_of_a_matrix_about_the_same_step(shape):
     g = randn(3, *shape) * torch.tensor([1e-6, 1, 1e6])[:, None, None]
     u, size, vt = torch.linalg.svd(g, full_matrices=False)
-    got = u.mT @ train.orthogonal(g) @ vt.mT                   # diagonal: directions are kept
+    got = u.mT @ orthogonal(g) @ vt.mT                   # diagonal: directions are kept
     values = got.diagonal(dim1=1, dim2=2)
     assert (got - torch.diag_embed(values)).abs().max() < 1e-4, "fp32"
     # a Gaussian square matrix is nearly singular: the smallest directions are not counted
     counted = values[size > 0.02 * size.norm(dim=1, keepdim=True)]
     assert len(counted) > 0.8 * values.numel() and 0.6 < counted.min() and counted.max() < 1.25
+
+
+def test_muon_follows_its_formula_in_buffers_made_once_and_goes_on_bitwise_from_its_state():
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 40)]
+    old, new = ([torch.nn.Parameter(randn(*s, seed=k)) for k, s in enumerate(shapes)] for _ in "ab")
+    W, m = [p.detach().clone() for p in old], [torch.zeros(s) for s in shapes]
+    muon, later = Muon(old, 0.02, 0.1), Muon(new, 0.02, 0.1)
+
+    def step(optimizer, matrices, k):
+        for j, p in enumerate(matrices):
+            p.grad = randn(*p.shape, seed=100 * k + j)
+        optimizer.step()
+
+    def buffers():
+        """{address: a copy of what is there}"""
+        made = [z for _, *both in muon.stacks for z in both]
+        return {z.data_ptr(): z.clone() for z in (*made, *(muon.state[p]["momentum"] for p in old))}
+
+    step(later, new, 9)                              # which has buffers before it loads
+    for k in range(3):
+        before = buffers() if k else {}
+        step(muon, old, k)
+        assert not k or before.keys() == buffers().keys()
+        assert not any(torch.equal(z, before[at]) for at, z in buffers().items() if k)
+        for j, g in enumerate(p.grad for p in old):
+            m[j] = m[j].lerp(g, 0.05)
+            size = 10 * 0.02 * max(1, g.shape[0] / g.shape[1]) ** 0.5
+            W[j] = W[j] * (1 - 0.02 * 0.1) - size * orthogonal(g.lerp(m[j], 0.95)[None])[0]
+            assert (old[j] - W[j]).abs().max() < 1e-4, "fp32, other matmul shapes, five products"
+    later.load_state_dict(copy.deepcopy(muon.state_dict()))
+    for p, q in zip(new, old):
+        p.data.copy_(q)
+    step(muon, old, 3), step(later, new, 3)
+    assert all(torch.equal(p, q) for p, q in zip(new, old))
 
 
 @every("setting", ["optimizer=adamw", "optimizer=muon", "clip=0"])
@@ -670,7 +706,8 @@ def test_the_core_imports_no_outer_file_at_its_top_and_has_no_cycle():
     assert not set().union(*map(imports, (*CORE, *TESTS))) & OUTER
     edges = {name: imports(name) & set(CORE) for name in CORE}
     list(graphlib.TopologicalSorter(edges).static_order())     # raises CycleError
-    assert edges["diffloss"] == edges["ot_refine"] == edges["files"] == edges["command"] == set()
+    assert not set().union(*(edges[name] for name in (
+        "diffloss", "ot_refine", "files", "command", "muon")))
     assert imports("ot_refine", top=False) <= {*sys.stdlib_module_names, "torch", "matplotlib"}
 
 

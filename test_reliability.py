@@ -31,6 +31,7 @@ import latents
 import sample
 import train
 import vae
+from runs import read_checkpoint
 from test_core import every
 from test_programs import (DRAW, FAST, REFINE, SETTINGS, cli, done, fit,
                            largest_difference, own_run, refused, run, slack, start)
@@ -81,7 +82,7 @@ def records(out):
 def check_killed(out, trial):
     """A killed run's folder: the checkpoint is whole, the records are its own or lack the last."""
     if (out / "ckpt.pt").exists():
-        state = files.read_checkpoint(out)
+        state = read_checkpoint(out)
         steps = [r["step"] for r in state["records"]]
         assert steps == list(range(3, state["step"] + 1, 3)), trial
         if (out / "metrics.jsonl").exists():
@@ -153,7 +154,7 @@ def test_a_symbolic_link_keeps_pointing_where_the_file_is(own_run, tmp_path):
     (own_run / "ckpt.pt").symlink_to(tmp_path / "elsewhere.pt")
     fit(own_run, steps=4)
     assert (own_run / "ckpt.pt").is_symlink()
-    assert files.read_checkpoint(tmp_path / "elsewhere.pt")["step"] == 4
+    assert read_checkpoint(tmp_path / "elsewhere.pt")["step"] == 4
 
 
 # ================================================================ disks that fill
@@ -241,7 +242,7 @@ def test_a_real_disk_that_fills_costs_no_checkpoint_and_holds_no_debris(small_di
         code, text = cli(train, "--out_dir", out, *RUN[:5], 12, *RUN[6:])
         assert "Traceback" not in text and not list(small_disk.rglob("*.tmp")), (leave, text)
         assert code == 0 or code == 2 and text.count(": error: ") == 1, (leave, code, text)
-        assert files.read_checkpoint(out)["step"] == (12 if "step 12:" in text else 9), leave
+        assert read_checkpoint(out)["step"] == (12 if "step 12:" in text else 9), leave
         ended.append(code)
         (small_disk / "filler").unlink()
         for name, value in kept.items():
@@ -283,7 +284,7 @@ def told(file, p, log):
 
 @every("module, at, name", [
     ("train", ("data", "load"), signal.SIGTERM), ("train", ("train", "build"), signal.SIGHUP),
-    ("train", ("train", "begin"), signal.SIGINT), ("sample", ("sample", "draw"), signal.SIGINT),
+    ("train", ("train", "Folder"), signal.SIGINT), ("sample", ("sample", "draw"), signal.SIGINT),
     ("evaluate", ("evaluate", "Judge"), signal.SIGTERM)])
 def test_a_signal_with_nothing_to_save_ends_a_program_with_one_line(
         module, at, name, run, tmp_path):
@@ -365,7 +366,7 @@ def test_two_processes_look_for_signals_every_second(tmp_path):
         p.join(30)
     # 20 steps, as often as it was before, take 4 s; a second, a step and the save, less than 3
     assert [p.exitcode for p in both] == [0, 0] and time.time() - began < 3.5, log.read_text()
-    assert 3 < files.read_checkpoint(tmp_path / "r")["step"] < 20
+    assert 3 < read_checkpoint(tmp_path / "r")["step"] < 20
 
 
 def free_port():
@@ -390,7 +391,7 @@ def test_training_goes_on_when_its_reader_is_gone_and_a_hangup_is_to_be_ignored(
     told(file, p, log)
     os.kill(p.pid, signal.SIGHUP)
     p.join(60)
-    assert p.exitcode == 0 and files.read_checkpoint(out)["step"] == 9
+    assert p.exitcode == 0 and read_checkpoint(out)["step"] == 9
     assert (out / "samples.png").exists() and log.read_text() == ""
 
 
