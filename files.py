@@ -2,7 +2,7 @@
 
 Every file is written by `write`, whole or not at all, and read by the reader of its kind
 (read_torch, read_npz, read_npy, read_json, read_lines, read_safetensors), which names a file that
-is damaged or foreign in one line (ValueError).
+is damaged or foreign in one line (ValueError). Checkpoints and the folder of a run: runs.py.
 """
 import argparse
 import contextlib

@@ -30,6 +30,7 @@ from PIL import Image
 import data
 import evaluate
 import command
+import files
 import model as models
 import ot_refine as R
 import sample

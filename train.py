@@ -105,6 +105,7 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- optimisers
 
 def learning_rate(step, args):
+    """Linear warm-up to --lr, then half a cosine down to 2 % of it."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.lr_schedule == "constant":
@@ -195,7 +196,7 @@ def heldout_loss(ema, dataset, args, device, batch=128):
 
 
 def parallel(model, args, world):
-    """What computes the loss, as the flags say: the model itself, in DDP, compiled."""
+    """What computes the loss: the model itself; if the flags say so in DDP, compiled."""
     if args.checkpoint_blocks:
         import fast
         fast.checkpoint_blocks(model)
