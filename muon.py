@@ -16,19 +16,19 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices, lr, weight_decay):
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95,
                                     "scale": 10.0})
-        self.stacks = []
+        self.stacks = []                                     # made in the first step
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
         self.stacks = []                                     # the momenta are other tensors now
 
     def stack(self):
-        """[(matrices of one shape, their momenta, room for their gradients)], both (n, rows,
-        columns) and made once: as much memory as AdamW's moments. The state views the momenta."""
+        """Make the stacks: (matrices of one shape, their momenta, room for their gradients), both
+        (n, rows, columns): as much memory as AdamW's moments. The state views the momenta."""
         for shape in dict.fromkeys(p.shape for p in self.param_groups[0]["params"]):
             same = [p for p in self.param_groups[0]["params"] if p.shape == shape]
             momenta = torch.stack([self.state[p].get("momentum", torch.zeros_like(p))
-                                   for p in same])
+                                   for p in same])           # zeros, or what was loaded
             for p, momentum in zip(same, momenta):
                 self.state[p]["momentum"] = momentum
             self.stacks.append((same, momenta, torch.empty_like(momenta)))
