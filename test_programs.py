@@ -40,7 +40,8 @@ from diffloss import ImageNoise
 from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, tokens
 
 ROOT = Path(__file__).parent
-CORE = ("command", "files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate")
+CORE = ("command", "files", "data", "diffloss", "model", "ot_refine", "sample", "train", "evaluate",
+        "classifier")
 TESTS = ("test_core", "test_programs")
 OUTER = {f.stem for f in ROOT.glob("*.py") if not f.name.startswith("test_")} - {*CORE}
 
