@@ -21,7 +21,6 @@ import math
 import sys
 import time
 from dataclasses import MISSING, fields
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -34,8 +33,8 @@ import rivals
 import sample
 from data import image_grid
 from evaluate import MIN_IMAGES, extract, mean_std
-from files import (add_line, output_folder, read_lines, sha256, weights_digest, write_png,
-                   write_text)
+from files import (add_line, digest_of_code, output_folder, read_lines, sha256, weights_digest,
+                   write_png, write_text)
 from many import Shared
 from model import GUIDANCE, KINDS
 from rivals import (Judges, autoguidance, epsilon_scaling, fixed, guidance_interval, ideal,
@@ -348,7 +347,7 @@ class Study:
         files = datasets.digest(first.state["data"], args.data_dir)
         self.origins = {name: [digest, files] for name, digest in weights.items()}
         self.code = sha256([sample.code_digest().encode(),
-                                   Path(evaluate.__file__).read_bytes()])
+                            digest_of_code("evaluate", "classifier").encode()])
         self.done = read_results(self.out / "rows.jsonl", None if args.any_code else self.code)
 
     def key(self, row, seed):

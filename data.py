@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
-from unicodedata import normalize
 
 import numpy as np
 import torch
@@ -105,31 +104,23 @@ class ImageArray:
         return of_class(self.labels, y, m)
 
 
-def load_digits(data_dir, size, tune=False):
+def load_digits(data_dir, size):
     if size not in (16, 32):
         raise ValueError(f"--size {size}: the digits come in 16 or 32 pixels")
     z = read_npz(ASSETS / "digits.npz", "bitmaps", "labels", "split")
     bits, labels, split = np.unpackbits(z["bitmaps"], axis=-1), z["labels"], z["split"]
     bits = bits.reshape(-1, size, 32 // size, size, 32 // size).mean((2, 4))
     images = np.round(255 * bits).astype(np.uint8)[..., None]
-    if tune:                             # the last third, as neighbours may be by one hand
-        images, labels = images[split == 0], labels[split == 0]
-        split = np.arange(len(labels)) >= len(labels) * 2 // 3
     return *(ImageArray(images[split == s], labels[split == s]) for s in (0, 1)), range(10)
 
 
 # ---------------------------------------------------------------- a data set by name
 
 class Set(NamedTuple):
-    load: Callable | None       # (data_dir, size) -> train, heldout, class names; None: latents
-    defaults: dict = {}         # of train.py's flags and settings, where they differ
-    reads: tuple = ()           # which of the flags --data_dir, --max_bad, --vae, --cache_dir
-
-
-def outer(loader, *given, **options):
-    """What a loader of sets.py gives."""
-    import sets
-    return getattr(sets, loader)(*given, **options)
+    load: Callable | str | None     # (data_dir, size) -> train, heldout, class names; its name in
+                                    # sets.py; None: latents
+    defaults: dict = {}             # of train.py's flags and settings, where they differ
+    reads: tuple = ()               # which of the flags --data_dir, --max_bad, --vae, --cache_dir
 
 
 MINE = ("data_dir",)
@@ -141,15 +132,15 @@ IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e
                 optimizer="adamw")
 DATASETS = {
     "digits": Set(load_digits),
-    "shapes": Set(partial(outer, "load_shapes"), SHAPES),
-    "mnist": Set(partial(outer, "load_mnist"), FILES, MINE),
-    "cifar10": Set(partial(outer, "load_cifar"), FILES, MINE),
-    "cifar100": Set(partial(outer, "load_cifar", classes=100), FILES, MINE),
-    "arrays": Set(partial(outer, "load_arrays"), FILES, MINE),
+    "shapes": Set("load_shapes", SHAPES),
+    "mnist": Set("load_mnist", FILES, MINE),
+    "cifar10": Set("load_cifar10", FILES, MINE),
+    "cifar100": Set("load_cifar100", FILES, MINE),
+    "arrays": Set("load_arrays", FILES, MINE),
     # as digits and shapes, without their held-out images: where defaults are chosen
-    "digits-tune": Set(partial(load_digits, tune=True)),
-    "shapes-tune": Set(partial(outer, "load_shapes", tune=True), SHAPES),
-    "folder": Set(partial(outer, "load_folder"), {}, PHOTOS),
+    "digits-tune": Set("load_digits_tune"),
+    "shapes-tune": Set("load_shapes_tune", SHAPES),
+    "folder": Set("load_folder", {}, PHOTOS),
     "imagenet256": Set(None, dict(IMAGENET, size=256), PHOTOS),
     "imagenet512": Set(None, dict(IMAGENET, size=512), PHOTOS),
     "latents": Set(None, FILES | dict(patch=1), ("data_dir", "vae")),
@@ -204,15 +195,19 @@ def load(name, data_dir=None, size=None, patch=4, max_bad=0.01, vae=None, **of_l
     vae: path of kl16.ckpt; then the tokens are its latents. of_latents: see latents.load.
     """
     which = DATASETS[name]
-    if which.load is None or vae:
+    loader = which.load
+    if loader is None or vae:
         import latents
         return latents.load(name, data_dir, size or which.defaults.get("size", 256), patch,
                             max_bad, vae, **of_latents)
     if "data_dir" in which.reads and data_dir is None:
         raise ValueError(f"--dataset {name} needs --data_dir, the folder or file that holds it")
+    if isinstance(loader, str):
+        import sets
+        loader = getattr(sets, loader)
     options = {"max_bad": max_bad} if "max_bad" in which.reads else {}
-    train, heldout, names = which.load(data_dir, size or which.defaults.get("size", 16), **options)
-    names = [normalize("NFC", str(n)) for n in names]
+    train, heldout, names = loader(data_dir, size or which.defaults.get("size", 16), **options)
+    names = [str(n) for n in names]
     check_classes(data_dir or name, train, heldout, names)
     channels, size = train.batch([0])[0].shape[1:3]
     if size % patch:

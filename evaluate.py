@@ -1,38 +1,32 @@
-"""How good are the images: Frechet distance, KID, precision, recall, class accuracy, copying ...
+"""How good are the images? Frechet distance, KID, precision, recall, class accuracy, copying ...
 
     python evaluate.py --ckpt out/ar --refine default --seeds 0 1 2    drawn as sample.py does it
+    python evaluate.py --samples s.npz --dataset digits                a file of sample.py --out
     python evaluate.py --samples s.npz --ref r.npz --features inception    FID as it is published
-    python evaluate.py --samples s.npz --dataset digits
 
-The metrics are pure functions of features, in float64. A feature space is a function
-
-    images uint8 (n, H, W, C) -> features (n, F) float32, logits (n, K) or None
-
-The Judge holds real images and measures others against them. The Frechet distance of few images is
-too large, by about tr(S) / n and more: each number stands beside that of training images against
-the same reference (the floor), and beside KID, which is unbiased.
+The metrics are pure functions of features, in float64. A feature space is any function images uint8
+(n, H, W, C) -> features (n, F) float32, logits (n, K) or None. The Frechet distance of few images
+is too large, by about tr(S) / n and more: each number stands beside that of training images against
+the same reference, and beside KID, which is unbiased.
 
 References: Heusel et al. 2017 (FID), Binkowski et al. 2018 (KID), Salimans et al. 2016 (Inception
 score), Kynkaanniemi et al. 2019 (precision, recall), Dhariwal & Nichol 2021 (files, protocol).
 """
 from command import Parser, number, pick_device, run        # first: it answers signals
 
-import inspect
-import json
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import sample
+from classifier import small, train_classifier
 from data import patchify, to_uint8
-from files import check_output, checked_images, read_npz, read_weights, sha256, write, write_json
+from files import check_output, write_json
 from ot_refine import sqrtm
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
@@ -45,9 +39,8 @@ CHUNK = 2 ** 23             # distances held at once: 64 MiB
 
 def gaussian(x):
     """Mean (F,) and covariance (F, F) of the rows of x (n, F), in float64."""
-    mean = sum(part.double().sum(0) for part in x.split(4096)) / len(x)
-    centred = (part.double() - mean for part in x.split(4096))
-    return mean, sum(part.T @ part for part in centred) / (len(x) - 1)
+    x = x.double()
+    return x.mean(0), x.T.cov()
 
 
 def frechet_distance(mu1, S1, mu2, S2):
@@ -65,11 +58,11 @@ def kid(x, y, block=1000, n_blocks=100, seed=0):
     """Unbiased squared MMD of x (n, F), y (m, F) under (x.y / F + 1)^3: mean, std over blocks."""
     gen = torch.Generator().manual_seed(seed)
     block = min(block, len(x) // 2, len(y) // 2)            # of all, blocks would be the same
+    some = lambda z: z[torch.randperm(len(z), generator=gen)[:block]].double()
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
     values = torch.empty(n_blocks, dtype=torch.float64)
     for k in range(n_blocks):
-        a = x[torch.randperm(len(x), generator=gen)[:block]].double()
-        b = y[torch.randperm(len(y), generator=gen)[:block]].double()
+        a, b = some(x), some(y)
         # without the diagonal k(a, a), which makes the plain estimate biased
         within = sum(m.sum() - m.trace() for m in (kernel(a, a), kernel(b, b)))
         values[k] = within / (block * (block - 1)) - 2 * kernel(a, b).mean()
@@ -77,10 +70,8 @@ def kid(x, y, block=1000, n_blocks=100, seed=0):
 
 
 def inception_score(probs, splits=10, seed=0):
-    """exp of the mean KL(p(y|x) || p(y)) of probs (n, K): mean and std over splits.
-
-    Shuffled first: a file sorted by class has few classes a split, which gives 60 for 300.
-    """
+    """exp of the mean KL(p(y|x) || p(y)) of probs (n, K): mean and std over splits."""
+    # shuffled: a split of a file that is sorted by class has few classes
     order = torch.randperm(len(probs), generator=torch.Generator().manual_seed(seed))
     parts, log = probs[order].double().tensor_split(splits), torch.special.xlogy
     scores = torch.stack([(log(p, p) - log(p, p.mean(0))).sum(1).mean().exp() for p in parts])
@@ -89,9 +80,8 @@ def inception_score(probs, splits=10, seed=0):
 
 def by_distance(x, y, reduce):
     """reduce(distances (rows, m)) of the rows of x (n, F), some at a time, to those of y (m, F)."""
-    y, parts = y.double(), []
+    x, y, parts = x.double(), y.double(), []
     for a in x.split(max(1, CHUNK // len(y))):
-        a = a.double()
         size = a.square().sum(1, keepdim=True) + y.square().sum(1)
         d2 = size - 2 * a @ y.T
         d2 = torch.where(d2 > 1e-13 * size, d2, 0.)             # duplicates at 0, not at 1e-8
@@ -100,8 +90,7 @@ def by_distance(x, y, reduce):
 
 
 def radii(x, k=3):
-    """Distance (n,) of each row of x (n, F) to its k-th nearest other."""
-    # k + 1: every point is its own nearest neighbour
+    """Distance (n,) of each row of x (n, F), its nearest itself, to its k-th nearest other."""
     return by_distance(x, x, lambda d: d.topk(k + 1, largest=False).values[:, -1])
 
 
@@ -124,7 +113,6 @@ def sliced_w2(x, y, n_proj=256, seed=0):
     direction = torch.randn(x.shape[1], n_proj, dtype=torch.float64, generator=gen)
     direction = (direction / direction.norm(dim=0)).to(x.device)
     px, py = ((z.double() @ direction).sort(0).values for z in (x, y))      # (n, P), (m, P)
-
     # both quantile functions are steps: they jump at i/n and j/m, in whole units of 1/(nm)
     edge = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique().to(x.device)
     width = edge.diff().double() / (n * m)
@@ -139,111 +127,26 @@ def copy_ratio(samples, seen, unseen):
     return (a / b).item()
 
 
-def class_accuracy(logits, labels):
-    """Share of samples recognised as the class that they were asked for. (n, K), (n,)."""
-    return (logits.argmax(1) == labels).double().mean().item()
-
-
 # ---- feature spaces ------------------------------------------------------------------------------
 
 def pixels(images):
     """The raw pixels in [0, 1]."""
     if images[0].numel() > 4096:
-        raise ValueError(f"--features pixels: {images[0].numel()} dimensions, at most 4096 are "
-                         "possible (32x32 in colour), as a covariance is computed")
+        raise ValueError(f"--features pixels: {images[0].numel()} dimensions; their covariance is "
+                         "computed: at most 4096, 32x32 in colour")
     return images.flatten(1).float() / 255, None
 
 
-class Classifier(nn.Module):
-    """A small conv net for any image size: 64 features, of unit variance over the training set."""
-
-    def __init__(self, channels, num_classes):
-        super().__init__()
-        conv = lambda a, b: [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
-                             nn.ReLU()]
-        self.body = nn.Sequential(
-            *conv(channels, 16), *conv(16, 16), nn.MaxPool2d(2, ceil_mode=True),
-            *conv(16, 32), *conv(32, 32), nn.AdaptiveMaxPool2d(3),
-            nn.Flatten(), nn.Linear(9 * 32, 64, bias=False))
-        self.norm = nn.BatchNorm1d(64, affine=False)    # fixes the scale: FDs of two seeds compare
-        self.head = nn.Linear(64, num_classes)
-
-    def forward(self, images, augment=None):
-        x = small(images) if augment is None else jitter(small(images), augment)
-        x = self.norm(self.body(x))
-        return x, self.head(F.relu(x))
-
-
-def small(images):
-    """uint8 (n, H, W, C) -> (n, C, h, w) in [-1, 1], at most 32x32."""
-    x = images.permute(0, 3, 1, 2).float() / 127.5 - 1
-    return F.interpolate(x, size=(32, 32), mode="area") if max(x.shape[2:]) > 32 else x
-
-
-def thumbnails(images):
-    """Where copies are looked for: the pixels (n, F) of at most 32x32."""
-    return torch.cat([small(part).flatten(1) for part in torch.as_tensor(images).split(256)])
-
-
-def jitter(x, generator):
-    """Small random shifts, turns and scalings of x (n, C, H, W), each image its own."""
-    most = torch.tensor([[.15], [.1], [.12], [.12]])
-    angle, scale, dx, dy = (torch.rand(4, len(x), generator=generator) * 2 - 1) * most
-    cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    theta = torch.stack([torch.stack([cos, -sin, dx], 1), torch.stack([sin, cos, dy], 1)], 1)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-
-
-def train_classifier(images, labels, seed=0, epochs=10, cache="cache"):
-    """The Classifier of images uint8 (n, H, W, C) and labels (n,) from 0 up: seeded, on the CPU,
-    kept in the folder `cache` under a hash of all that it depends on, its code too."""
-    code = [inspect.getsource(part) for part in (Classifier, small, jitter, train_classifier)]
-    digest = sha256([json.dumps([code, seed, epochs, *images.shape]).encode(),
-                     images.numpy().tobytes(), labels.numpy().tobytes()])
-    path = Path(cache, f"classifier-{digest}.pt")
-    with torch.random.fork_rng(devices=[]):             # the caller's random state stays
-        torch.manual_seed(seed)
-        net = Classifier(images.shape[3], int(labels.max()) + 1)
-    if path.exists():
-        weights = read_weights(path, "classifier (delete it to train it again)")
-        try:
-            net.load_state_dict(weights)
-        except RuntimeError:
-            raise ValueError(f"{path} holds other weights: delete it to train it again") from None
-        return net.eval().requires_grad_(False)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)            # layers so small: two threads on two busy cores took 10x
-    gen = torch.Generator().manual_seed(seed)
-    per_epoch = max(1, len(images) // 64)               # equal batches: one image has no variance
-    opt = torch.optim.AdamW(net.parameters(), weight_decay=.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 4e-3, total_steps=epochs * per_epoch)
-    for _ in tqdm(range(epochs), desc="training the classifier", leave=False, disable=None):
-        for i in torch.randperm(len(images), generator=gen).tensor_split(per_epoch):
-            loss = F.cross_entropy(net(images[i], augment=gen)[1], labels[i])
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            schedule.step()
-    torch.set_num_threads(threads)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda f: torch.save(net.state_dict(), f))
-    except (OSError, ValueError) as error:
-        print(f"{error}: the classifier is not kept")
-    return net.eval().requires_grad_(False)
-
-
-def make_extractor(name, real, device="cpu", weights=None, cache="cache"):
+def make_extractor(name, real, device="cpu", cache="cache"):
     """The feature space of --features."""
     if name == "pixels":
         return pixels
     if name == "inception":
         import inception
-        return inception.load_inception(weights).to(device)
+        return inception.load_inception(cache).to(device)
     if real.train_labels is None:
-        raise ValueError("--features classifier learns from training images: give --dataset")
+        raise ValueError("--features classifier learns from training images: give --dataset, or "
+                         "--features inception")
     return train_classifier(real.train_images, real.train_labels, cache=cache).to(device)
 
 
@@ -251,14 +154,13 @@ def make_extractor(name, real, device="cpu", weights=None, cache="cache"):
 def extract(space, images, device="cpu", batch_size=64):
     """Features (n, F) and logits (n, K) or None, both on the CPU, of images uint8 (n, H, W, C)."""
     if len(images) < MIN_IMAGES:
-        raise ValueError(f"{len(images)} images; at least {MIN_IMAGES} are needed, and thousands "
-                         "for a number worth quoting")
-    rows, parts = [], torch.as_tensor(images).split(batch_size)
+        raise ValueError(f"{len(images)} images; at least {MIN_IMAGES} are needed, or thousands")
+    parts = torch.as_tensor(images).split(batch_size)
+    parts = tqdm(parts, desc="features", leave=False, disable=len(parts) < 80 or None)
     # published features are fp32: convolutions in TF32 differ
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for part in tqdm(parts, desc="features", leave=False, disable=len(parts) < 80 or None):
-            rows.append([None if a is None else a.cpu() for a in space(part.to(device))])
-    x, logits = (None if r[0] is None else torch.cat(r) for r in zip(*rows))
+        x, logits = zip(*(space(part.to(device)) for part in parts))
+    x, logits = torch.cat(x).cpu(), None if logits[0] is None else torch.cat(logits).cpu()
     if not x.isfinite().all():
         raise ValueError("the extractor gave non-finite features: damaged weights?")
     return x, logits
@@ -267,12 +169,11 @@ def extract(space, images, device="cpu", batch_size=64):
 # ---- real images, and the Judge ------------------------------------------------------------------
 
 class Real(NamedTuple):
-    """Real images uint8 (n, H, W, C) and labels (n,): of a data set; of --ref, what it holds."""
-    images: torch.Tensor | None             # the reference: held-out images
+    """Real images uint8 (n, H, W, C) and labels (n,) of a data set."""
+    images: torch.Tensor                            # the reference: held-out images
     labels: torch.Tensor | None = None
     train_images: torch.Tensor | None = None        # for classifier, floor and copy ratio
     train_labels: torch.Tensor | None = None
-    statistics: tuple | None = None         # published mu, sigma: they define the Frechet distance
 
 
 @torch.no_grad()
@@ -291,66 +192,66 @@ def real_images(dataset, device="cpu"):
 
 
 def shuffled(x):
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order.to(x.device)]
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
 
 
 class Judge:
-    """Measures images against real ones, in one feature space.
-
-    judge(images, labels) -> features (n, F), {metric: value}
-    judge.floor(n)        -> {metric: value} of n training images
-    """
+    """Measures images against real ones, in one feature space."""
 
     def __init__(self, space, real, device="cpu"):
         self.space, self.real, self.device = space, real, device
-        if real.images is not None:
-            self.x, self.logits = extract(space, real.images, device)
-            self.some = shuffled(self.x.to(device))[:MAX_REAL]
-            self.radius = radii(self.some)                  # most of the time
+        self.x, self.logits = extract(space, real.images, device)
+        self.gaussian, self.some = gaussian(self.x), shuffled(self.x)[:MAX_REAL].to(device)
+        self.radius = radii(self.some)                      # most of the time
         if real.train_images is not None:
-            unseen, self.floor_images = shuffled(real.images).chunk(2)
+            unseen, self.others = shuffled(real.images).chunk(2)
             self.seen, self.unseen = thumbnails(real.train_images), thumbnails(unseen)
-        self.gaussian = real.statistics or gaussian(self.x)
 
     def __call__(self, images, labels=None):
+        """Features (n, F) and {metric: value} of images (n, H, W, C) and labels (n,)."""
         x, logits = extract(self.space, images, self.device)
-        if x.shape[1:] != self.gaussian[0].shape:
-            raise ValueError(f"mu has {len(self.gaussian[0])} entries, the features {x.shape[1]}: "
-                             "statistics belong to the extractor that made them")
-        return x, self.measure(x, logits, labels, images)
+        return x, self.distances(x) | self.contents(images, labels, logits)
 
     def floor(self, n):
-        # of classes as balanced as those of samples
+        """{metric: value} of n training images, of classes as balanced as those of samples; what
+        they show: of real images that nobody was trained on."""
         order = shuffled(torch.arange(len(self.seen)))
         labels = self.real.train_labels[order]
         place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
         some = self.real.train_images[order[place.argsort(stable=True)][:n]]
-        x = extract(self.space, some, self.device)[0]
-        return self.measure(x, self.logits, self.real.labels, self.floor_images)
+        values = self.distances(extract(self.space, some, self.device)[0])
+        return values | self.contents(self.others, self.real.labels, self.logits)
 
-    def measure(self, x, logits, labels, images):
-        """{metric: value}, as far as the reference and the feature space allow."""
-        real, K = self.real, 0 if logits is None else logits.shape[1]
-        values = {"fid": frechet_distance(*gaussian(x), *self.gaussian)}
-        if real.images is not None:
-            x, y = x.to(self.device), self.x.to(self.device)
-            values["kid"], values["kid_std"] = kid(x, y)
-            values["sliced_w2"] = sliced_w2(x, y)
-            values["precision"], values["recall"] = precision_recall(self.some, x, self.radius)
-        if logits is not None:
+    def distances(self, x):
+        """{metric: value} of features x (n, F): how their distribution differs."""
+        fid = frechet_distance(*gaussian(x), *self.gaussian)
+        x, y = x.to(self.device), self.x.to(self.device)
+        (mean, std), w2 = kid(x, y), sliced_w2(x, y)
+        precision, recall = precision_recall(self.some, x, self.radius)
+        return {"fid": fid, "kid": mean, "kid_std": std, "sliced_w2": w2, "precision": precision,
+                "recall": recall}
+
+    def contents(self, images, labels, logits):
+        """{metric: value} of what images show, as far as there are logits and training images."""
+        values, K = {}, 0 if logits is None else logits.shape[1]
+        if K:
             values["is"], values["is_std"] = inception_score(logits.double().softmax(1))
-        if real.train_images is not None:
+        if self.real.train_images is not None:
             values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
             # Inception's 1008 classes are not those of the labels
-            if labels is not None and K == real.train_labels.max() + 1:
-                values["accuracy"] = class_accuracy(logits, labels)
+            if labels is not None and K == self.real.train_labels.max() + 1:
+                values["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
         return values
+
+
+def thumbnails(images):
+    """Where copies are looked for: the pixels (n, F) of at most 32x32."""
+    return torch.cat([small(part).flatten(1) for part in torch.as_tensor(images).split(256)])
 
 
 # ---- python evaluate.py --------------------------------------------------------------------------
 
-ROWS = {"fid": ("Frechet distance", "lower"), "kid": ("KID x 1000", "lower"),
+ROWS = {"fid": ("Frechet distance", "lower"), "kid": ("KID", "lower"),
         "sliced_w2": ("sliced W2", "lower"), "precision": ("precision", "higher"),
         "recall": ("recall", "higher"), "is": ("Inception score", "higher"),
         "accuracy": ("class accuracy", "higher"), "copy_ratio": ("copy ratio", "as real")}
@@ -359,33 +260,32 @@ ROWS = {"fid": ("Frechet distance", "lower"), "kid": ("KID x 1000", "lower"),
 def parse_args(argv=None):
     """Our own flags, and a list of those that are for sample.py."""
     p = Parser(description="Measure images, of a checkpoint or of a file, against real ones.",
-               epilog="With --ckpt, flags of sample.py that say how to draw may be added: "
-                      "--refine default --steps 10 ... (see sample.py --help).")
+               usage="%(prog)s --ckpt RUN [flags of sample.py: --refine default --steps 10 ...]\n"
+                     "       %(prog)s --samples NPZ (--dataset NAME | --ref NPZ)")
     add = p.add_argument
-    add("--ckpt", help="draw from this checkpoint or run, compare with its held-out images")
+    add("--ckpt", metavar="RUN", help="draw from this run; compare with its held-out images")
     add("--n", type=number(int, MIN_IMAGES), default=1000,
-        help="--ckpt: images a seed, rounded up to as many of each class")
+        help="with --ckpt: images a seed, rounded up to as many of each class")
     add("--seeds", "--seed", type=number(int, 0, 2 ** 32 - 1), nargs="+", default=[0],
-        metavar="SEED", help="--ckpt: of the noise; several give mean +- deviation")
-    add("--samples", metavar="NPZ", help="measure a file of sample.py --out, or of its layout")
-    add("--ref", metavar="NPZ", help="--samples: real images, or their mu and sigma, or both")
-    add("--dataset", choices=data.DATASETS,
-        help="--samples: instead of --ref; with class accuracy, copy ratio, a floor")
-    add("--data_dir", help="folder of the data set (--ckpt: default as in training)")
-    add("--features", choices=("classifier", "pixels", "inception"),
-        help="what the metrics see (default: with --ref inception, else classifier)")
-    add("--weights", default="cache/pt_inception-2015-12-05-6726825d.pth", help="of inception")
-    add("--cache", default="cache", help="folder that keeps trained classifiers")
-    add("--json", metavar="FILE", help="also write the numbers there")
+        metavar="SEED", help="with --ckpt: of the noise; several give mean +- deviation")
+    add("--samples", metavar="NPZ", help="instead of --ckpt: a file as sample.py --out writes it")
+    add("--dataset", choices=data.DATASETS, metavar="NAME",
+        help="with --samples: compare with the held-out images of digits, mnist, folder ...")
+    add("--ref", metavar="NPZ", help="with --samples, instead of --dataset: compare with the "
+        "images, or their mean mu and covariance sigma, in this file")
+    add("--data_dir", help="where the data set is (with --ckpt by default as in training)")
     add("--vae", help="kl16.ckpt, which decodes the latents of --ckpt or --dataset")
+    add("--features", choices=("classifier", "pixels", "inception"), default="classifier",
+        help="what is compared: features of a classifier of the data set, pixels, Inception's")
+    add("--cache", default="cache", help="folder of trained classifiers and Inception's weights")
+    add("--json", metavar="FILE", help="write the numbers to this file, too")
     add("--device", default="auto", help="auto, cpu, cuda ...")
-
     args, drawing = p.parse_known_args(argv)
     return (args, drawing) if args.ckpt else (p.parse_args(argv), [])
 
 
-def from_checkpoint(args, drawing, device):
-    """(what is measured, its sets of images and labels, the Real)."""
+def from_checkpoint(args, drawing, space_of, device):
+    """(what is measured, its sets of images and labels, their Judge) of --ckpt."""
     ours = {k: getattr(args, k) for k in ("ckpt", "device", "vae", "data_dir")}
     how = sample.parse_args([*(f"--{k}={v}" for k, v in ours.items() if v), *drawing])
     job, seeds = sample.setup(how), args.seeds
@@ -405,7 +305,8 @@ def from_checkpoint(args, drawing, device):
             return torch.from_numpy(job.images(labels, every, seed, tick=bar.update)), labels
 
     about = {"ckpt": args.ckpt, "step": job.state["step"], "seeds": seeds, "drawing": drawing}
-    return about, map(draw, seeds), real_images(dataset, device)
+    real = real_images(dataset, device)
+    return about, map(draw, seeds), Judge(space_of(real), real, device)
 
 
 def check_unseen(refinement, dataset):
@@ -417,31 +318,6 @@ def check_unseen(refinement, dataset):
                          "measured against: take them from the training images")
 
 
-def from_file(args, device):
-    """The same of --samples."""
-    if bool(args.ref) == bool(args.dataset):
-        raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
-    given = data.flags_of(args.dataset, args) if args.dataset else {}
-    args.check_used()
-    arrays = checked_images(read_npz(args.samples), args.samples, "arr_0", "arr_1")
-    images, labels = (None if a is None else torch.from_numpy(a) for a in arrays)
-    if args.ref:
-        import inception
-        held, statistics = inception.read_reference(args.ref)
-        real = Real(held, statistics=statistics)
-    else:
-        dataset = data.load(args.dataset, size=images.shape[1], patch=1, device=device, **given)
-        real = real_images(dataset, device)
-        if labels is not None and labels.max() >= len(dataset.class_names):
-            raise ValueError(f"the samples have class {labels.max()}, {args.dataset} has only 0 to "
-                             f"{len(dataset.class_names) - 1}")
-    if real.images is not None and real.images.shape[1:] != images.shape[1:]:
-        raise ValueError(f"the samples are {tuple(images.shape[1:])}, the real images "
-                         f"{tuple(real.images.shape[1:])} (H, W, C): make both the same size")
-    about = {"samples": args.samples, "ref": args.ref or args.dataset}
-    return about, [(images, labels)], real
-
-
 def main(argv=None):
     args, drawing = parse_args(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -450,17 +326,19 @@ def main(argv=None):
         raise ValueError("what is to be measured? give either --ckpt RUN or --samples FILE")
     device, out = pick_device(args.device), args.json and check_output("--json", args.json)
     # each flag is looked at only where it has an effect, so that check_used refuses the others
-    features = args.features or ("inception" if not args.ckpt and args.ref else "classifier")
-    weights = args.weights if features == "inception" else None
-    cache = args.cache if features == "classifier" else None
-    about, sets, real = (from_checkpoint(args, drawing, device) if args.ckpt else
-                         from_file(args, device))
+    cache = None if args.features == "pixels" else args.cache
+    space_of = lambda real: make_extractor(args.features, real, device, cache)
+    if args.ckpt:
+        about, sets, judge = from_checkpoint(args, drawing, space_of, device)
+    else:
+        import inception
+        about, sets, judge = inception.from_file(args, space_of, device)
 
-    judge = Judge(make_extractor(features, real, device, weights, cache), real, device)
     x, values = zip(*(judge(images, labels) for images, labels in sets))
     n, dim = x[0].shape
-    n_ref, n_train = (0 if z is None else len(z) for z in (real.images, real.train_images))
-    result = {**about, "features": features, "dim": dim, "n_samples": n, "n_ref": n_ref,
+    real = judge.real.images, judge.real.train_images
+    n_ref, n_train = (0 if z is None else len(z) for z in real)
+    result = {**about, "features": args.features, "dim": dim, "n_samples": n, "n_ref": n_ref,
               "values": mean_std(values), "floor": judge.floor(n) if n_train else {},
               "n_floor": min(n, n_train)}
     print_table(result, len(values))
@@ -479,19 +357,17 @@ def mean_std(rows):
 
 def print_table(result, n_seeds):
     values, floor, n, dim = (result[k] for k in ("values", "floor", "n_samples", "dim"))
-    seeds = f"{n_seeds} x " * (n_seeds > 1)
-    against = f"{result['n_ref']} images" if result["n_ref"] else "statistics"
-    print(f"{seeds}{n} samples against {against}; features: {result['features']}, {dim}-d")
+    seeds, real = f"{n_seeds} x " * (n_seeds > 1), result["n_ref"] or "statistics of"
+    print(f"{seeds}{n} samples against {real} images; features: {result['features']}, {dim}-d")
 
     def cell(row, key):
-        scale = 1000 if key == "kid" else 1
-        std = f" +- {row[key + '_std'] * scale:.3g}" if key + "_std" in row else ""
-        return f"{row[key] * scale:.4g}{std}" if key in row else "-"
+        std = f" +- {row[key + '_std']:.3g}" if key + "_std" in row else ""
+        return f"{row[key]:.4g}{std}" if key in row else "-"
 
-    print(f"{'':22}{'samples':>18}{'real vs real':>18}   better")
+    print(f"{'':16}{'samples':>22}{'real vs real':>22}   better")
     for key, (title, better) in ROWS.items():
         if key in values:
-            print(f"{title:22}{cell(values, key):>18}{cell(floor, key):>18}   {better}")
+            print(f"{title:16}{cell(values, key):>22}{cell(floor, key):>22}   {better}")
     print(f"real vs real: {result['n_floor']} training images against the same reference; score "
           "and accuracy: the reference's own" if floor else
           "real vs real: not computed: it needs training images (--dataset)")

@@ -1,4 +1,5 @@
-"""FID as it is published: Inception-v3 (graph of 2015-12-05), its resize and weights, references.
+"""FID as it is published: Inception-v3 (graph of 2015-12-05), its resize and weights; the files of
+samples and references that evaluate.py measures.
 
 A feature space of evaluate.py: images uint8 (N, H, W, C) -> pool features (N, 2048), logits
 (N, 1008) without bias. Names and shapes are those of the PyTorch state dict that FID programs share
@@ -17,6 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import data
+from evaluate import Judge, Real, frechet_distance, gaussian, real_images
 from files import checked_images, read_npz, read_weights
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -147,14 +150,15 @@ class Inception(nn.Module):
         return x, x @ self.fc.weight.T     # the published score omits the bias
 
 
-def load_inception(path):
-    """The network with the published weights.
+def load_inception(folder):
+    """The network with the published weights, whose file is in `folder`.
 
     FileNotFoundError, ValueError: the file is missing, or not that file."""
+    path = os.path.join(folder, INCEPTION_FILE)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no Inception weights at {path}: download {INCEPTION_URL} "
-                                f"(95.5 MB, sha256 {INCEPTION_SHA256}...) and give --weights PATH; "
-                                "or use --features classifier or pixels")
+                                f"(95.5 MB, sha256 {INCEPTION_SHA256}...) to there; or use "
+                                "--features classifier or pixels")
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if not digest.startswith(INCEPTION_SHA256):
@@ -193,3 +197,49 @@ def read_reference(path):
     if "arr_0" in z or not found:
         images = torch.from_numpy(checked_images(z, path, "arr_0", "arr_1")[0])
     return images, tuple(found) or None
+
+
+def from_file(args, space_of, device):
+    """(what is measured, its one set of images and labels, its Judge) of evaluate.py --samples."""
+    if bool(args.ref) == bool(args.dataset):
+        raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
+    given = data.flags_of(args.dataset, args) if args.dataset else {}
+    args.check_used()
+    arrays = checked_images(read_npz(args.samples), args.samples, "arr_0", "arr_1")
+    images, labels = (None if a is None else torch.from_numpy(a) for a in arrays)
+    statistics = None
+    if args.ref:
+        held, statistics = read_reference(args.ref)
+        real = Real(held)
+    else:
+        dataset = data.load(args.dataset, size=images.shape[1], patch=1, device=device, **given)
+        real = real_images(dataset, device)
+        if labels is not None and labels.max() >= len(dataset.class_names):
+            raise ValueError(f"the samples have class {labels.max()}, {args.dataset} has only 0 to "
+                             f"{len(dataset.class_names) - 1}")
+    if real.images is not None and real.images.shape[1:] != images.shape[1:]:
+        raise ValueError(f"the samples are {tuple(images.shape[1:])}, the real images "
+                         f"{tuple(real.images.shape[1:])} (H, W, C): make both the same size")
+    about, space = {"samples": args.samples, "ref": args.ref or args.dataset}, space_of(real)
+    judge = Published(space, real, statistics, device) if statistics else Judge(space, real, device)
+    return about, [(images, labels)], judge
+
+
+class Published(Judge):
+    """A Judge whose Frechet distance is that to published mu (F,), sigma (F, F); real: without
+    labels, perhaps without images."""
+
+    def __init__(self, space, real, statistics, device="cpu"):
+        self.space, self.real, self.device = space, real, device
+        if real.images is not None:
+            super().__init__(space, real, device)
+        self.gaussian = statistics
+
+    def distances(self, x):
+        mu = self.gaussian[0]
+        if x.shape[1:] != mu.shape:
+            raise ValueError(f"mu has {len(mu)} entries, the features {x.shape[1]}: statistics "
+                             "belong to the extractor that made them")
+        if self.real.images is not None:
+            return super().distances(x)
+        return {"fid": frechet_distance(*gaussian(x), *self.gaussian)}

@@ -24,7 +24,7 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import ASSETS, ImageArray
+from data import ASSETS, ImageArray, load_digits
 from files import checked_images, read_npz, walk
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -98,8 +98,21 @@ class Shapes(ImageArray):
         return np.round(255 * (cover * ink + (1 - cover) * paper)).astype(np.uint8)
 
 
-def load_shapes(data_dir, size, tune=False):
-    return Shapes(20_000, size, 0), Shapes(2_000, size, 10 ** 9 * (1 + tune)), SHAPES
+def load_shapes(data_dir, size, first_heldout=10 ** 9):
+    return Shapes(20_000, size, 0), Shapes(2_000, size, first_heldout), SHAPES
+
+
+# ---------------------------------------------------------------- without the held-out images
+
+load_shapes_tune = functools.partial(load_shapes, first_heldout=2 * 10 ** 9)
+
+
+def load_digits_tune(data_dir, size):
+    """The digits' training images; of these the last third, as neighbours may be by one hand."""
+    whole, _, names = load_digits(data_dir, size)
+    cut = len(whole) * 2 // 3
+    return *(ImageArray(whole.images[part], whole.labels[part])
+             for part in (slice(cut), slice(cut, None))), names
 
 
 # ---------------------------------------------------------------- the field's small sets
@@ -193,7 +206,7 @@ CIFAR = {10: ("cifar-10-batches-bin", "batches.meta.txt", 1,
          100: ("cifar-100-binary", "fine_label_names.txt", 2, ["train.bin"], ["test.bin"])}
 
 
-def load_cifar(data_dir, size, classes=10):
+def load_cifar(data_dir, size, classes):
     """CIFAR-10 or -100, binary: records of a label (100: a coarse one first), 3 planes of 32x32."""
     folder, meta, head, *parts = CIFAR[classes]
     root = Path(data_dir)
@@ -213,6 +226,9 @@ def load_cifar(data_dir, size, classes=10):
         images = data[:, head:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         splits.append(image_array(np.ascontiguousarray(images), data[:, head - 1], root, size))
     return *splits, (root / meta).read_text().split()
+
+
+load_cifar10, load_cifar100 = (functools.partial(load_cifar, classes=k) for k in CIFAR)
 
 
 def whole_records(path, length):
@@ -241,7 +257,8 @@ def load_arrays(data_dir, size):
     if names.ndim != 1:
         raise ValueError(f"{data_dir}: class_names is {names.shape}; expected a name a class")
     return *(image_array(images[held == s], labels[held == s],
-                         f"split {s} of {data_dir}", size) for s in (0, 1)), names
+                         f"split {s} of {data_dir}", size) for s in (0, 1)), [
+        normalize("NFC", name) for name in names]
 
 
 # ---------------------------------------------------------------- an image file

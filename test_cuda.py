@@ -600,7 +600,7 @@ def test_on_fake_cuda_a_map_for_all_classes_stays_on_the_device(fake_cuda):
 
 @cuda_build
 def test_on_fake_cuda_the_vae_and_the_extractors_stay_on_the_device(fake_cuda):
-    from evaluate import Classifier
+    from classifier import Classifier
     from inception import Inception
     from vae import KL16
     make, watch = fake_cuda

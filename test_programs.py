@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, 
 
 ROOT = Path(__file__).parent
 CORE = ("command", "files", "runs", "data", "diffloss", "model", "ot_refine", "sample", "muon",
-        "train", "evaluate")
+        "train", "classifier", "evaluate")
 TESTS = ("test_core", "test_programs")
 OUTER = {f.stem for f in ROOT.glob("*.py") if not f.name.startswith("test_")} - {*CORE}
 
@@ -756,19 +757,14 @@ def test_every_command_of_the_text_is_understood():
 
 # ================================================================ copies, whole and changed
 
-TABLE = '''
-def load_csv(data_dir, size):
-    z = np.loadtxt(data_dir, np.uint8, delimiter=",", skiprows=1)    # label, pixel0, pixel1 ...
-    if z.shape[1] != 1 + size ** 2:
-        raise ValueError(f"{data_dir} holds {z.shape[1] - 1} pixels an image; give their --size")
-    images, held = z[:, 1:].reshape(len(z), size, size, 1), np.arange(len(z)) % 10 == 9
-    return *(ImageArray(images[p], z[p, 0]) for p in (~held, held)), range(10)
+def readme(number):
+    """The indented block of an item of README.md's "Change one thing", as it stands there."""
+    section = text("README.md").split("## Change one thing")[1].split("\n## ")[0]
+    item = section.split(f"\n{number}. ")[1].split(f"\n{number + 1}. ")[0]
+    return "".join(re.findall(r"^ {8}(.*\n)", item, re.M))
 
 
-DATASETS["csv"] = Set(load_csv, {"size": 28}, ("data_dir",))
-
-
-'''
+# what the items leave out
 FLOW = '''
 def euler(denoise, noise, steps, temperature=1.0, callback=None):
     x, ts = noise[0] * temperature, flow_steps(steps)
@@ -790,18 +786,6 @@ class Straight:
     def __init__(self):
         self.sigma = np.arange(1, T_TRAIN + 1) / T_TRAIN
         self.alpha, self.x0_from_xt, self.x0_from_eps = 1 - self.sigma, self.sigma ** 0, self.sigma
-
-
-class Flow(DiffLoss):
-    objective, schedule = "flow", Straight()
-    samplers = {"euler": Solver(euler, flow_steps, 0)}
-
-    def forward(self, x, c, t, eps):
-        velocity = self.net(self.noised(x, t, eps), t, c)[0].float()
-        return (eps - x - velocity).square().mean(-1)
-
-
-OBJECTIVES["flow"] = Flow
 
 
 '''
@@ -851,30 +835,15 @@ MAPS["sliced"] = Sliced
 
 
 '''
-TARGET = '''    # P_c*: conditions of real patches as noisy as the model's own
-    x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(k))
-'''
 REGISTERS = '''        shape = (2, 1, cfg.n_head, 4, d // cfg.n_head)    # four registers
         self.registers = nn.Parameter(torch.randn(shape))
-''', '''        r = self.registers.expand(-1, len(h), -1, -1, -1).to(k)
-        k, v = torch.cat([r[0], k], 2), torch.cat([r[1], v], 2)
-        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=h.device)
-        a = F.scaled_dot_product_attention(q, k, v, seen.tril(k.shape[2] - q.shape[2]))
 '''
 CURVE = '''        if not refine:
             raise ValueError("a curve of divergences needs targets: add --refine default")
         from ot_refine import divergence, sq_cost
         import matplotlib.pyplot as plt
-        curve = []
-
-        def watch(i, c, refined):
-            if i > 0:
-                target, axes = refine.targets[i], refine.axes[i]
-                reg = refine.reg * sq_cost(target, target).mean()
-                curve.append([divergence(z.float() @ axes, target, reg, tol=1e-3).item()
-                              for z in (c, refined)])
-        options["on_condition"] = watch
-        x = decode(draw(model, y, part.tolist(), seed, **options))
+        r, curve = refine, []
+''', '''        x = decode(draw(model, y, part.tolist(), seed, **options))
         plt.semilogy(curve)
         plt.savefig("divergence.png")
 '''
@@ -933,13 +902,13 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
 
 @slack
 def test_change_a_data_set_from_a_table(copied, tmp_path):
-    copied.add("data.py", "@dataclass\nclass Data:", TABLE)
+    copied.add("data.py", "@dataclass\nclass Data:", readme(1))
     table = np.random.default_rng(0).integers(0, 255, (60, 65))
     table[:, 0] = np.arange(60) // 6
     np.savetxt(tmp_path / "a.csv", table, "%d", ",", header="label,pixel0")
     mine = ["--dataset", "csv", "--data_dir", tmp_path / "a.csv", "--out_dir", tmp_path / "r",
             *FAST, "--steps", 2]
-    refused("64 pixels an image; give their --size", copied.train, *mine)
+    refused("cannot reshape array", copied.train, *mine)       # 28 x 28, unless --size says
     done(copied.train, *mine, "--size", 8)
     done(copied.sample, "--ckpt", tmp_path / "r", *REFINE, "default")
     assert Image.open(tmp_path / "r" / "sample.png").mode == "L"
@@ -950,7 +919,7 @@ def test_change_a_data_set_from_a_table(copied, tmp_path):
 
 @slack
 def test_change_flow_matching_with_an_euler_sampler(copied, tmp_path):
-    copied.add("diffloss.py", LINES["noise"], FLOW)
+    copied.add("diffloss.py", LINES["noise"], FLOW + readme(2))
     done(copied.train, "--out_dir", tmp_path / "r", *FAST, "--steps", 2, "--set", "objective=flow")
     draw = [copied.sample, "--ckpt", tmp_path / "r", *REFINE, "default", "--solver"]
     refused("ddpm does not fit a head trained for 'flow'; choose one of euler", *draw, "ddpm")
@@ -966,6 +935,8 @@ def test_change_flow_matching_with_an_euler_sampler(copied, tmp_path):
 @slack
 @every("name, snippet", [("pot", MAP), ("sliced", SLICED)])
 def test_change_a_map_by_pot_or_sliced(name, snippet, copied, own_run):
+    for line in readme(3).splitlines() if name == "pot" else ():        # abridged there
+        assert re.split(" \\.\\.\\.|  +#", line)[0] in snippet, line
     copied.add("ot_refine.py", LINES["maps"], snippet)
     copied.add("ot_refine.py", LINES["maps"], 'MAPS["half"] = dataclass(type("Half", (), {}))\n')
     refused("the map 'half' must be a dataclass", copied.sample, "--ckpt", own_run, *REFINE, "half")
@@ -978,9 +949,11 @@ def test_change_a_map_by_pot_or_sliced(name, snippet, copied, own_run):
 @slack
 def test_change_the_ideal_distribution(copied, own_run):
     done(sample, "--ckpt", own_run, *REFINE, "default")
-    copied.add("sample.py", "    y = torch.full((len(x),), k, device=model.device)\n", TARGET)
-    text = done(copied.sample, "--ckpt", own_run, *REFINE, "default")
-    assert "made for another code" in text, "targets that were kept are not used"
+    change, = re.findall("say `(x = .*)`", text("README.md"))
+    copied.add("sample.py", "    y = torch.full((len(x),), k, device=model.device)\n",
+               f"    from torch import randn_like\n    {change}\n")
+    said = done(copied.sample, "--ckpt", own_run, *REFINE, "default")
+    assert "made for another code" in said, "targets that were kept are not used"
 
 
 def test_targets_are_never_the_images_that_they_are_measured_against(own_run, monkeypatch):
@@ -994,8 +967,8 @@ def test_targets_are_never_the_images_that_they_are_measured_against(own_run, mo
 
 @slack
 def test_change_register_tokens(copied, own_run, tmp_path):
-    copied.add("model.py", LINES["drop"], REGISTERS[0])
-    copied.edit("model.py", LINES["attention"], REGISTERS[1])
+    copied.add("model.py", LINES["drop"], REGISTERS)
+    copied.edit("model.py", LINES["attention"], indent(readme(5), " " * 8))
     done(copied.train, "--out_dir", tmp_path / "r", *FAST, "--steps", 2)
     done(copied.sample, "--ckpt", tmp_path / "r", *REFINE, "default")
     refused("its weights do not fit", copied.sample, "--ckpt", own_run, *REFINE, "default")
@@ -1008,7 +981,7 @@ def test_change_register_tokens(copied, own_run, tmp_path):
 @slack
 def test_change_a_plotted_divergence_per_ar_step(copied, own_run, monkeypatch):
     monkeypatch.chdir(own_run)
-    copied.edit("sample.py", LINES["draw"], CURVE)
+    copied.edit("sample.py", LINES["draw"], CURVE[0] + indent(readme(6), " " * 8) + CURVE[1])
     refused("add --refine default", copied.sample, "--ckpt", own_run, *DRAW, "--n", 2)
     done(copied.sample, "--ckpt", own_run, *REFINE, "default")
     assert Image.open(own_run / "divergence.png").size[0] > 100
