@@ -741,6 +741,15 @@ def test_the_choices_of_the_text_are_those_marked_in_the_code():
     assert sorted(listed) == sorted({"choice", *re.findall(r"CHOICE\((\w+)\)", code)})
 
 
+def test_the_line_counts_of_the_reading_order_are_those_of_the_files_to_a_tenth():
+    rows = re.findall(r"^\| ((?:\w+\.py(?:, )?)+) \| ([\d, ]+) \|", text("README.md"), re.M)
+    said = {name: int(n) for names, counts in rows
+            for name, n in zip(names.split(", "), counts.split(", "), strict=True)}
+    assert {f"{name}.py" for name in CORE} <= set(said)
+    lines = {name: text(name).count("\n") for name in said}
+    assert all(abs(n / said[name] - 1) < 0.1 for name, n in lines.items()), lines
+
+
 def test_every_command_of_the_text_is_understood():
     known = {"train": train.parse_args, "sample": sample.parse_args,
              "evaluate": lambda argv: sample.parse_args(evaluate.parse_args(argv)[1])}
