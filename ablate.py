@@ -25,7 +25,6 @@ from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import data as datasets
 import evaluate
@@ -432,9 +431,8 @@ class Study:
         if row.at_once and row.refine and row.refine["method"] == "shared":
             refinement.groups = lambda labels, size: whole // size           # a block shares a map
         wrap = row.control and functools.partial(row.control, refinement, seed)
-        with tqdm(total=len(labels), desc=row.name, leave=False, disable=None) as bar:
-            parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
-                                 refinement, bar.update, wrap) for index in blocks]
+        parts = [draw_images(job.model, job.decode, labels, index, seed, row.sampling, size,
+                             refinement, wrap) for index in blocks]
         for index, part in zip(blocks[1:], parts[1:]):
             parts[0][index.numpy()] = part[index.numpy()]
         return parts[0]

@@ -184,6 +184,20 @@ def join(backend, wait):
     store.set_timeout(wait)                  # NCCL meets there again at its first sum
 
 
+def gather(images, shares, rank):
+    """Rank 0 receives into its array images (n, ...) what the others made: rank r the rows
+    shares[r], a tensor of indices. The last that the processes have to do with each other."""
+    import torch
+    dist = torch.distributed
+    for r, index in enumerate(shares):
+        if r > 0 and rank in (0, r) and len(index):
+            part = torch.from_numpy(images[index.numpy()])
+            dist.send(part, 0) if rank == r else dist.recv(part, r)
+            images[index.numpy()] = part
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def pick_device(name):
     """The torch.device of 'auto', 'cpu', 'cuda', 'cuda:1' ..., which becomes the current one;
     ValueError if it cannot be used. Under torchrun 'auto' and 'cuda' are the process's own GPU."""
@@ -253,6 +267,8 @@ def meaning(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return line
+    if isinstance(error, ModuleNotFoundError) and Path(sys.argv[0]).parent == Path(__file__).parent:
+        return f"{line}: a file of this project, or a package of requirements.txt, is missing"
     if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
         return f"out of memory: {LESS} ({line[:200]})"
     if many and re.search(GONE, f"{type(error).__name__} {line}", re.I):
@@ -277,7 +293,7 @@ def run(main):
         if rank == 0:
             print(f"{program}: stopped by {stop}", file=sys.stderr)
         sys.exit(128 + signal.Signals[str(stop)])
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         message = meaning(error)
         if message is None or os.environ.get("TRACEBACK"):
             raise

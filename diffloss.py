@@ -186,12 +186,12 @@ def logsnr_steps(steps):
 #   noise (n_noise, ..., D): noise[0] starts the trajectory, noise[j] follows the j-th evaluation
 #   temperature multiplies the fresh noise or, where there is none, the initial one
 #   callback(t, x_t, x0) is called after each evaluation
-# In as few operations as torch allows, with Python's numbers (numpy's become tensors first), as a
-# small head takes no longer than they do.
+# A small head costs no more than this arithmetic: few operations, and float(), as torch would make
+# tensors of numpy's numbers.
 
 def ddpm(denoise, noise, steps, temperature=1.0, callback=None):
     """Ancestral sampling on a respaced schedule (arXiv 2006.11239, 2102.09672)."""
-    s, x = respaced(steps), noise[0] * 1.0
+    s, x = respaced(steps), noise[0]
     for j, t in zip(reversed(range(steps)), backwards(steps)):
         x0, v = denoise(x, t)
         if callback:
@@ -313,8 +313,7 @@ class DiffLoss(nn.Module):
         With c_null (..., C) both branches run as one batch and eps = eps_null + cfg_scale (eps_c -
         eps_null); v is the conditional branch's (as in MAR).
         """
-        # a scale on the device, in a captured graph, is not asked for its value
-        guided = c_null is not None and (torch.is_tensor(cfg_scale) or cfg_scale != 1.0)
+        guided = c_null is not None
         net, s = self.net.along(ts, torch.stack([c, c_null]) if guided else c), self.schedule
 
         def denoise(x_t, t):

@@ -18,6 +18,7 @@ import os
 from typing import NamedTuple
 
 import numpy as np
+import ot
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -26,7 +27,7 @@ import data
 import sample
 from classifier import small, train_classifier
 from data import patchify, to_uint8
-from files import check_output, write_json
+from files import check_output, checked_images, read_npz, write_json
 from ot_refine import sqrtm
 
 MIN_IMAGES = 10             # the Inception score's splits; KID, precision and recall need four
@@ -35,7 +36,7 @@ MAX_TRAIN = 20_000          # training images: the classifier learns them in a m
 CHUNK = 2 ** 23             # distances held at once: 64 MiB
 
 
-# ---- the metrics ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the metrics
 
 def gaussian(x):
     """Mean (F,) and covariance (F, F) of the rows of x (n, F), in float64."""
@@ -108,16 +109,9 @@ def precision_recall(real, fake, radius=None):
 
 
 def sliced_w2(x, y, n_proj=256, seed=0):
-    """Root mean square of 1-D W2 over random directions, exact at any sizes. x (n, F), y (m, F)."""
-    n, m, gen = len(x), len(y), torch.Generator().manual_seed(seed)
-    direction = torch.randn(x.shape[1], n_proj, dtype=torch.float64, generator=gen)
-    direction = (direction / direction.norm(dim=0)).to(x.device)
-    px, py = ((z.double() @ direction).sort(0).values for z in (x, y))      # (n, P), (m, P)
-    # both quantile functions are steps: they jump at i/n and j/m, in whole units of 1/(nm)
-    edge = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique().to(x.device)
-    width = edge.diff().double() / (n * m)
-    gap = px[edge[:-1] // m] - py[edge[:-1] // n]
-    return (width @ gap.square()).mean().sqrt().item()
+    """Root mean square of 1-D W2 over random directions. x (n, F), y (m, F)."""
+    x, y = x.double().cpu(), y.double().cpu()
+    return ot.sliced_wasserstein_distance(x, y, n_projections=n_proj, seed=seed).item()
 
 
 def copy_ratio(samples, seen, unseen):
@@ -127,7 +121,7 @@ def copy_ratio(samples, seen, unseen):
     return (a / b).item()
 
 
-# ---- feature spaces ------------------------------------------------------------------------------
+# ---------------------------------------------------------------- feature spaces
 
 def pixels(images):
     """The raw pixels in [0, 1]."""
@@ -166,7 +160,7 @@ def extract(space, images, device="cpu", batch_size=64):
     return x, logits
 
 
-# ---- real images, and the Judge ------------------------------------------------------------------
+# ---------------------------------------------------------------- real images, and the Judge
 
 class Real(NamedTuple):
     """Real images uint8 (n, H, W, C) and labels (n,) of a data set."""
@@ -249,7 +243,7 @@ def thumbnails(images):
     return torch.cat([small(part).flatten(1) for part in torch.as_tensor(images).split(256)])
 
 
-# ---- python evaluate.py --------------------------------------------------------------------------
+# ---------------------------------------------------------------- command line
 
 ROWS = {"fid": ("Frechet distance", "lower"), "kid": ("KID", "lower"),
         "sliced_w2": ("sliced W2", "lower"), "precision": ("precision", "higher"),
@@ -299,14 +293,38 @@ def from_checkpoint(args, drawing, space_of, device):
     if job.refinement:
         check_unseen(job.refinement, dataset)
 
-    def draw(seed):
-        every, title = torch.arange(len(labels)), f"sampling, seed {seed}"
-        with tqdm(total=len(labels), desc=title, leave=False, disable=None) as bar:
-            return torch.from_numpy(job.images(labels, every, seed, tick=bar.update)), labels
-
+    sets = ((torch.from_numpy(job.images(labels, seed)), labels) for seed in seeds)
     about = {"ckpt": args.ckpt, "step": job.state["step"], "seeds": seeds, "drawing": drawing}
     real = real_images(dataset, device)
-    return about, map(draw, seeds), Judge(space_of(real), real, device)
+    return about, sets, Judge(space_of(real), real, device)
+
+
+def from_file(args, space_of, device):
+    """The same of --samples."""
+    if bool(args.ref) == bool(args.dataset):
+        raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
+    given = data.flags_of(args.dataset, args) if args.dataset else {}
+    args.check_used()
+    arrays = checked_images(read_npz(args.samples), args.samples, "arr_0", "arr_1")
+    images, labels = (None if a is None else torch.from_numpy(a) for a in arrays)
+    if args.ref:
+        import inception
+        judge = inception.reference_judge(args.ref, images, space_of, device)
+    else:
+        real = real_images(data.load(args.dataset, size=images.shape[1], patch=1, device=device,
+                                     **given), device)
+        if labels is not None and labels.max() > real.labels.max():
+            raise ValueError(f"the samples have class {labels.max()}, {args.dataset} has only 0 to "
+                             f"{real.labels.max()}")
+        check_shapes(images, real.images)
+        judge = Judge(space_of(real), real, device)
+    return {"samples": args.samples, "ref": args.ref or args.dataset}, [(images, labels)], judge
+
+
+def check_shapes(images, real):
+    if images.shape[1:] != real.shape[1:]:
+        raise ValueError(f"the samples are {tuple(images.shape[1:])}, the real images "
+                         f"{tuple(real.shape[1:])} (H, W, C): make both the same size")
 
 
 def check_unseen(refinement, dataset):
@@ -328,11 +346,8 @@ def main(argv=None):
     # each flag is looked at only where it has an effect, so that check_used refuses the others
     cache = None if args.features == "pixels" else args.cache
     space_of = lambda real: make_extractor(args.features, real, device, cache)
-    if args.ckpt:
-        about, sets, judge = from_checkpoint(args, drawing, space_of, device)
-    else:
-        import inception
-        about, sets, judge = inception.from_file(args, space_of, device)
+    about, sets, judge = (from_checkpoint(args, drawing, space_of, device) if args.ckpt else
+                          from_file(args, space_of, device))
 
     x, values = zip(*(judge(images, labels) for images, labels in sets))
     n, dim = x[0].shape

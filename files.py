@@ -413,7 +413,7 @@ def weights_digest(model):
 
 # ---------------------------------------------------------------- results that are kept
 
-def kept(folder, kind, made_for, make, most, device, say):
+def keep_or_make(folder, kind, made_for, make, most, device, say):
     """(make(), or what it gave before if a file in `folder` was made for the same; the folder, or
     None if nothing can be kept). Tensors in dicts and lists; more than `most` bytes are not kept.
     """

@@ -18,8 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import data
-from evaluate import Judge, Real, frechet_distance, gaussian, real_images
+from evaluate import Judge, Real, check_shapes, frechet_distance, gaussian
 from files import checked_images, read_npz, read_weights
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -199,30 +198,14 @@ def read_reference(path):
     return images, tuple(found) or None
 
 
-def from_file(args, space_of, device):
-    """(what is measured, its one set of images and labels, its Judge) of evaluate.py --samples."""
-    if bool(args.ref) == bool(args.dataset):
-        raise ValueError("samples are measured against either --ref FILE or --dataset NAME")
-    given = data.flags_of(args.dataset, args) if args.dataset else {}
-    args.check_used()
-    arrays = checked_images(read_npz(args.samples), args.samples, "arr_0", "arr_1")
-    images, labels = (None if a is None else torch.from_numpy(a) for a in arrays)
-    statistics = None
-    if args.ref:
-        held, statistics = read_reference(args.ref)
-        real = Real(held)
-    else:
-        dataset = data.load(args.dataset, size=images.shape[1], patch=1, device=device, **given)
-        real = real_images(dataset, device)
-        if labels is not None and labels.max() >= len(dataset.class_names):
-            raise ValueError(f"the samples have class {labels.max()}, {args.dataset} has only 0 to "
-                             f"{len(dataset.class_names) - 1}")
-    if real.images is not None and real.images.shape[1:] != images.shape[1:]:
-        raise ValueError(f"the samples are {tuple(images.shape[1:])}, the real images "
-                         f"{tuple(real.images.shape[1:])} (H, W, C): make both the same size")
-    about, space = {"samples": args.samples, "ref": args.ref or args.dataset}, space_of(real)
-    judge = Published(space, real, statistics, device) if statistics else Judge(space, real, device)
-    return about, [(images, labels)], judge
+def reference_judge(path, images, space_of, device):
+    """The Judge of evaluate.py --ref, for samples uint8 (n, H, W, C)."""
+    held, statistics = read_reference(path)
+    if held is not None:
+        check_shapes(images, held)
+    real = Real(held)
+    space = space_of(real)
+    return Published(space, real, statistics, device) if statistics else Judge(space, real, device)
 
 
 class Published(Judge):

@@ -32,7 +32,7 @@ class Shared(Refinement):
         classes, at = labels.unique(return_inverse=True)
         return at // max(1, size // int(at.bincount().max()))
 
-    def refine_of(self, y):
+    def for_group(self, y):
         return shared({k: self.refiner(k) for k in y.unique().tolist()})
 
 

@@ -6,7 +6,8 @@
 Both offer what AR offers (model.py): draw, loss, conditions, generate. Not here: the head and its
 samplers (diffloss.py), refinement (ot_refine.py).
 
-    python mar.py export out/mar mar.pth       a checkpoint of train.py in MAR's own layout
+    python mar.py export out/mar mar.pth              a checkpoint of train.py in MAR's own layout
+    python mar.py inpaint x.png m.png --ckpt out/mar  the white part of m.png is drawn anew
 
 References: MAR arXiv 2406.11838; DiT arXiv 2212.09748 (CDM's blocks). Parameter names are those of
 MAR's released checkpoints, which load as they are (from_mar).
@@ -16,6 +17,7 @@ from command import Parser, run        # first: it answers signals
 import argparse
 import math
 import random
+import sys
 import warnings
 from dataclasses import asdict, replace
 
@@ -273,29 +275,28 @@ class MAR(Generator):
         return c.float().chunk(2)
 
 
-def read_inpaint(args, model, facts):
-    """Options of MAR.generate that fill the white part of --mask in the image --inpaint; what is
-    black or transparent is kept.
+def read_inpaint(image, mask, how, job):
+    """Options of MAR.generate that fill the white part of a mask in an image (paths); what is black
+    or transparent is kept. A token that the mask touches is filled whole.
 
-    facts: the checkpoint's data facts. A token that the mask touches is filled whole.
+    how, job: the flags of sample.py, and what sample.setup gives for them.
     """
-    kind, size, device = model.cfg.kind, facts["size"], model.device
+    model, facts, device = job.model, job.state["data"], job.model.device
+    kind, size = model.cfg.kind, facts["size"]
     if kind != "mar":
-        raise ValueError(f"--inpaint needs a mar model: a model of kind {kind} cannot condition on "
-                         "an arbitrary part of an image")
+        raise ValueError(f"inpainting needs a mar model: a model of kind {kind} cannot condition "
+                         "on an arbitrary part of an image")
     if facts["dataset"] == "latents":
-        raise ValueError("--inpaint reads an image, and the tokeniser of this model's latents is "
+        raise ValueError("inpainting reads an image, and the tokeniser of this model's latents is "
                          "not here to encode it")
-    if not args.mask:
-        raise ValueError("--inpaint needs --mask, white where the image is to be filled")
-    if args.refine != "none":
-        raise ValueError("--inpaint cannot be refined, since targets belong to whole chains; use "
-                         "--refine none")
-
-    image, mask = sets.open_image(args.inpaint), sets.open_image(args.mask, paper=0)
+    if how.refine != "none" or how.order:
+        raise ValueError("inpainting has its own order and cannot be refined, since targets belong "
+                         "to whole chains; leave out --refine and --order")
+    names = image, mask
+    image, mask = sets.open_image(image), sets.open_image(mask, paper=0)
     if image.size != mask.size:
-        raise ValueError(f"--mask {args.mask} has {mask.width}x{mask.height} pixels, --inpaint "
-                         f"{args.inpaint} {image.width}x{image.height}: make both the same size")
+        raise ValueError(f"the mask {names[1]} has {mask.width}x{mask.height} pixels, the image "
+                         f"{names[0]} {image.width}x{image.height}: make both the same size")
 
     def crop(image, mode):                                                  # (1, ch, size, size)
         pixels = np.array(sets.centre_crop(image, size).convert(mode))
@@ -304,12 +305,12 @@ def read_inpaint(args, model, facts):
     x = (crop(image, "L" if facts["channels"] == 1 else "RGB") / 127.5 - 1).to(device)
     if facts["vae"]:
         import latents
-        vae = latents.open_vae(facts, args.vae, device)
-        x = vae.encode(x, torch.Generator().manual_seed(args.seed))
+        vae = latents.open_vae(facts, how.vae, device)
+        x = vae.encode(x, torch.Generator().manual_seed(how.seed))
     white = patchify(crop(mask, "L"), size // model.cfg.grid) > 127         # (1, N, pixels)
     fill = white.any(-1)[0].to(device)
     if not fill.any():
-        raise ValueError(f"--mask {args.mask} has no white pixel: nothing to fill")
+        raise ValueError(f"the mask {names[1]} has no white pixel: nothing to fill")
     return {"x": patchify(x, facts["patch"]), "fill": fill}
 
 
@@ -555,17 +556,40 @@ def export_mar(path, state):
                       "repository can run it", stacklevel=2)
 
 
-def main():
-    p = Parser(description="Write a mar checkpoint of train.py in the layout of MAR's own.")
-    p.add_argument("what", choices=["export"], help="what to do")
+def export(argv):
+    p = Parser(prog="mar.py export",
+               description="Write a mar checkpoint of train.py in the layout of MAR's own.")
     p.add_argument("ckpt", help="the checkpoint, or the folder of its run")
     p.add_argument("file", help="the file to write, such as mar.pth; never overwritten")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     file = check_output("file", args.file)
     if file.exists():
         raise ValueError(f"{file} exists and is never overwritten; choose another name")
     export_mar(file, read_checkpoint(args.ckpt))
     print(f"{args.ckpt} -> {file}, in the layout of MAR's checkpoints")
+
+
+def inpaint(argv):
+    import sample
+    p = Parser(prog="mar.py inpaint", description="Fill a part of an image by a mar model. Flags of "
+               "sample.py say how to draw: --ckpt RUN --classes NAME --n 4 ...")
+    p.add_argument("image", help="the image")
+    p.add_argument("mask", help="an image of the same size, white where it is to be filled")
+    args, drawing = p.parse_known_args(argv)
+    how = sample.parse_args(drawing)
+    job = sample.setup(how)
+    job.sampling |= read_inpaint(args.image, args.mask, how, job)
+    sample.draw_file(how, job)
+
+
+def main():
+    does = {"export": export, "inpaint": inpaint}
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        print(__doc__)
+    elif len(sys.argv) < 2 or sys.argv[1] not in does:
+        raise ValueError(f"expected {' or '.join(does)} as the first word: see mar.py --help")
+    else:
+        does[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":

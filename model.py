@@ -193,7 +193,8 @@ class Generator(nn.Module):
         return next(self.parameters()).device
 
     def randomness(self, n, generator, per_image=None):
-        """t and eps for `per_image` (all) tokens of each of n images, and which labels go."""
+        """t and eps for `per_image` (all) tokens of each of n images, and which labels are dropped.
+        """
         at = {"generator": generator, "device": generator.device}
         uses = (n, per_image or self.cfg.n_tokens, self.cfg.diffusion_batch_mul)
         return {"drop": torch.rand(n, **at) < self.cfg.class_dropout,
@@ -259,7 +260,8 @@ class AR(Generator):
         return [like.new_empty(shape) for _ in self.blocks]
 
     def next_condition(self, i, h, caches):
-        """c (B, C) of patch i, from what is new in the context: h (B, 1, C), token i of it."""
+        """c (B, C) of patch i. h (B, 1, C) embeds the one new token of the context: the class at
+        i = 0, then patch i - 1."""
         for block, cache in zip(self.blocks, caches):
             h = block(h, self.cos[i:i + 1], self.sin[i:i + 1], cache, i)
         return self.norm(h)[:, 0]
@@ -273,7 +275,7 @@ class AR(Generator):
         refined) sees them before and after. cfg_schedule: constant (default), or linear from 1 to
         cfg_scale along the chain. sampling: solver, steps, temperature, callback of the head.
         """
-        B, N, guided = len(y), self.cfg.n_tokens, cfg_scale != 1.0
+        N, guided = self.cfg.n_tokens, cfg_scale != 1.0
         twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
         n_noise = self.diffloss.n_noise(**sampling)
         labels = torch.cat([y, torch.full_like(y, self.cfg.num_classes)]) if guided else y
@@ -282,15 +284,15 @@ class AR(Generator):
         z = noise.randn(N, n_noise, self.cfg.token_dim).permute(1, 2, 0, 3)  # (N, n_noise, B, D)
 
         for i in range(N):                                                   # Alg. 1 line 1
-            c, *null = self.next_condition(i, h, caches).float().split(B)           # line 2
+            c = self.next_condition(i, h, caches).float()                           # line 2
+            c, c_null = c.chunk(2) if guided else (c, None)
             # place 0 knows the class alone: nothing has drifted
             refined = refine(i, c, y) if refine and i > 0 else c             # lines 3-8
             if on_condition:
                 on_condition(i, c, refined)
 
             scale = guidance_at(cfg_schedule or "constant", cfg_scale, (i + 1) / N)
-            x_i = self.diffloss.sample(refined, null[0] if null else None, scale, z[i],
-                                       **sampling)                           # line 9
+            x_i = self.diffloss.sample(refined, c_null, scale, z[i], **sampling)    # line 9
             tokens.append(x_i)                                               # line 10
             h = self.x_proj(twice(x_i))[:, None]
         return torch.stack(tokens, dim=1)

@@ -114,7 +114,7 @@ class Sinkhorn:
     """The debiased entropic map T(z) = z + sum_l P(z, y_l) y_l - sum_l P(z, c_l) c_l  (line 7).
 
     On the cloud that it is fitted on `own` gives T(c) - c = -n/2 dS_reg/dc, the gradient of the
-    divergence; of few points both sides of one distribution still contract a little.
+    divergence; with few points even two samples of one distribution are pulled together a little.
     CHOICE(classes): c and target are of one class, so that transport never mixes classes.
     """
     target: torch.Tensor        # (m, C)
@@ -128,7 +128,7 @@ class Sinkhorn:
         """The map of conditions c (n, C) to targets (m, C); reg is a fraction of the mean cost."""
         cost = sq_cost(c, target)
         reg = reg * cost.mean().clamp_min(1e-30)                   # 0 where all points coincide
-        # from the exact potential of a translation, so that where the clouds lie costs nothing
+        # start from the potential of the shift of the means: their distance costs no iterations
         shift = 2 * (target - target.mean(0)) @ (target.mean(0) - c.mean(0))
         g = sinkhorn(cost, reg, shift)[1]
         return cls(target, g, c, sinkhorn_self(sq_cost(c, c), reg), reg)
@@ -219,19 +219,27 @@ def jko_step(c, to, eta, lam=0.0, a=0.0):
     return (keep * c + to + lam * a) / (keep + 1 + lam)
 
 
-METHODS = ("none", "default", *MAPS)
-
-
-def stages(method="default", K=2, eta=2.0):
+def stages_of(method="default", K=2, eta=2.0):
     """((map, eta), ...) that a condition goes through. default: the whole Gaussian map, then K
-    Sinkhorn steps; gaussian: its whole map; another: K steps of it; none, K = 0, eta = 0: ()."""
-    if method not in METHODS:
-        raise ValueError(f"--refine {method!r}; choose one of {', '.join(METHODS)}")
+    Sinkhorn steps; gaussian: its whole map; another map: K steps of it; none, K = 0, eta = 0: ().
+    """
     if method == "none" or K == 0 or eta == 0:
         return ()
-    whole, steps = (("gaussian", math.inf),), ((method, eta),) * K
+    whole = (("gaussian", math.inf),)
     special = {"gaussian": whole, "default": (*whole, *(("sinkhorn", eta),) * K)}
-    return special.get(method, steps)
+    return special.get(method, ((method, eta),) * K)
+
+
+def check_maps(stages, lam=0.0, inverse=None):
+    """ValueError unless all maps of the stages can be fitted, applied and kept."""
+    for name, _ in stages:
+        T = MAPS.get(name)
+        # "in dir": hasattr(T, "__call__") is true of every class
+        if not (is_dataclass(T) and hasattr(T, "fit") and "__call__" in dir(T)):
+            raise ValueError(f"the map {name!r} must be one of MAPS, {', '.join(MAPS)}: a dataclass "
+                             "of tensors with a classmethod fit(c, target, reg) and a __call__(z)")
+    if lam > 0 and inverse is None:
+        raise ValueError(f"lam={lam} needs inverse(i, c), T^-1 of the patch drawn under c")
 
 
 def principal_axes(targets, rank):
@@ -258,15 +266,8 @@ class Refiner:
     that every image is refined on its own. Flag: --coupled.
     """
 
-    def __init__(self, axes, targets, stages=stages(), reg=0.2, lam=0.0, inverse=None):
-        for name in dict(stages):
-            T = MAPS[name]
-            # "in dir": a class has a __call__ of its own type, too
-            if not (is_dataclass(T) and hasattr(T, "fit") and "__call__" in dir(T)):
-                raise ValueError(f"the map {name!r} must be a dataclass of tensors with a "
-                                 "classmethod fit(c, target, reg) and a __call__(z), as in MAPS")
-        if lam > 0 and inverse is None:
-            raise ValueError(f"lam={lam} needs inverse(i, c), T^-1 of the patch drawn under c")
+    def __init__(self, axes, targets, stages=stages_of(), reg=0.2, lam=0.0, inverse=None):
+        check_maps(stages, lam, inverse)
         self.axes, self.targets, self.stages, self.reg = axes, targets, stages, reg
         self.lam, self.inverse, self.maps, self.frozen = lam, inverse, {}, False
 
@@ -286,10 +287,11 @@ class Refiner:
 
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
-                if not self.frozen:
-                    maps.append(MAPS[name].fit(z, self.targets[i], self.reg))  # line 7
-                T = maps[k]
-                to = T.own(z) if hasattr(T, "own") and not self.frozen else T(z)
+                if self.frozen:
+                    to = maps[k](z)
+                else:
+                    maps.append(T := MAPS[name].fit(z, self.targets[i], self.reg))  # line 7
+                    to = getattr(T, "own", T)(z)
                 z = jko_step(z, to, eta, self.lam, a)                          # line 8
             return lift(z).to(c.dtype)
 

@@ -91,7 +91,6 @@ class Nearest:
 
 RIVALS = {"mean": Mean, "meanvar": MeanVar, "ema": EMA, "nearest": Nearest}
 ot_refine.MAPS.update(RIVALS)
-ot_refine.METHODS = ("none", "default", *ot_refine.MAPS)
 
 
 # ---------------------------------------------------------------- the inverse term, lam > 0

@@ -4,14 +4,13 @@
     python sample.py --refine default                  the same with refined conditions
     python sample.py --classes 3 7 --n 20 --cfg_scale 2             two classes, more guided
     python sample.py --n 5000 --out s.npz              for evaluate.py: arr_0 uint8, arr_1 labels
-    python sample.py --inpaint x.png --mask m.png      mar fills the white part of the mask
     torchrun --nproc_per_node 8 -- sample.py --n 50000 --out s.npz    each GPU a share (mind the --)
 
-Image k of a seed is the same at any batch size (but --coupled and --refine shared, which is for 50
-images of a class and less). Refinement goes class by class, so that its memory does not grow with
-the classes; what it fits is kept in the folder refine/ of a run.
+Image k of a seed is the same at any batch size, unless maps are fitted on the batch: by --coupled,
+and by --refine shared, which is for 50 images of a class and less. Refinement goes class by class,
+so that its memory does not grow with them; what it fits is kept in the folder refine/ of a run.
 """
-from command import Parser, join, number, pick_device, run, set_threads  # first: answers signals
+from command import Parser, gather, join, number, pick_device, run, set_threads    # first: signals
 
 import functools
 import os
@@ -24,15 +23,14 @@ from typing import Callable
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 import data as datasets
 from data import image_grid, patchify
 from diffloss import ImageNoise
-from files import check_output, digest_of_code, kept, weights_digest, write, write_png
+from files import check_output, digest_of_code, keep_or_make, weights_digest, write, write_png
 from model import GUIDANCE, load_model
-from ot_refine import METHODS, Refiner, principal_axes, stages
+from ot_refine import MAPS, Refiner, check_maps, principal_axes, stages_of
 from runs import find_checkpoint
 
 SPREAD = 512            # reference images that the directions of transport are taken from
@@ -89,7 +87,7 @@ class Refinement:
     model: torch.nn.Module
     tokens_of: Callable             # (k, m) -> tokens (<= m, N, D) of real images
     sampling: dict
-    method: str = "default"         # see ot_refine.stages, for K and eta, too
+    method: str = "default"         # see ot_refine.stages_of, for K and eta, too
     K: int = 2
     eta: float = 2.0
     coupled: bool = False
@@ -109,12 +107,12 @@ class Refinement:
         if self.model.cfg.kind == "cdm":
             raise ValueError("--refine: a cdm model has no chain of conditions, nothing to refine; "
                              "use an ar or mar model")
-        self.stages, C = stages(self.method, self.K, self.eta), self.model.cfg.n_embd
+        self.stages, C = stages_of(self.method, self.K, self.eta), self.model.cfg.n_embd
         self.rank = min(C, -(-C // 4) if self.rank is None else self.rank or C)
         self.say = functools.cache(print)                      # each message once
-        Refiner(None, None, self.stages, lam=self.lam, inverse=self.inverse_of)    # do they fit?
+        check_maps(self.stages, self.lam, self.inverse_of)
 
-        # beside the class
+        # what kept files were made for; `kept` adds the class
         self.targets_depend_on = {**(self.origin or {}), "code": code_digest(), "m": self.m,
                                   "rank": self.rank, "orders": [self.orders, self.seed],
                                   "num_iter": self.sampling.get("num_iter")}
@@ -129,12 +127,12 @@ class Refinement:
         return self.model.order(k if self.orders == "class" else 0, self.seed)
 
     def groups(self, labels, size):
-        """(n,): which of the images of labels (n,) share a map, and depend on each other if it is
-        coupled: those of a class. size: of a batch, at most."""
+        """(n,): images of labels (n,) with the same number share a map, and depend on each other if
+        it is coupled: those of a class. size: of a batch, at most. many.Shared has others."""
         return labels.unique(return_inverse=True)[1]
 
-    def refine_of(self, y):
-        """refine(i, c, y) for the images of a group, of classes y."""
+    def for_group(self, y):
+        """refine(i, c, y) for the images of a group, whose classes are y."""
         return self.refiner(y[0].item())
 
     def conditions(self, k, m):
@@ -195,7 +193,7 @@ class Refinement:
             return value
 
         copies = 1 if k is None else self.model.cfg.num_classes
-        value, self.folder = kept(self.folder, kind, {**made_for, "class": k}, timed,
+        value, self.folder = keep_or_make(self.folder, kind, {**made_for, "class": k}, timed,
                                   KEEP // copies, self.model.device, self.say)
         return value
 
@@ -225,18 +223,21 @@ def batches(labels, index, size, refinement=None):
     group = refinement.groups(labels, size)[index]
     for g in group.unique():
         mine = index[group == g]
-        refine = refinement.refine_of(labels[mine])
+        refine = refinement.for_group(labels[mine])
         yield from ((part, refine) for part in mine.tensor_split(-(-len(mine) // size)))
 
 
 def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, refinement=None,
-                tick=lambda n: None, wrap=None):
-    """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn.
+                wrap=None):
+    """uint8 (n, H, W, ch) of a seed's n images, of classes labels (n,): those of `index` are drawn,
+    the others are left unset; None if there are none.
 
     decode: tokens (B, N, D) -> uint8 images, or latents: see data.decoder; sampling: options of
-    `generate`; tick(n): n more are done; wrap(refine, y, index) -> another refine, for controls.
+    `generate`; wrap(refine, y, index) -> another refine, for controls.
     """
-    images = None
+    images, quiet = None, int(os.environ.get("RANK", 0)) > 0 or None
+    bar = tqdm(total=len(index), desc=f"drawing, seed {seed}", unit="image", leave=False,
+               disable=quiet)
     for part, refine in batches(labels, index, batch_size, refinement):
         y, options = labels[part], {**sampling, "refine": refine}
         if refinement:
@@ -246,19 +247,9 @@ def draw_images(model, decode, labels, index, seed, sampling, batch_size=500, re
         x = decode(draw(model, y, part.tolist(), seed, **options))
         images = np.empty((len(labels), *x.shape[1:]), x.dtype) if images is None else images
         images[part.numpy()] = x
-        tick(len(part))
+        bar.update(len(part))
+    bar.close()
     return images
-
-
-def gather(images, shares, rank):
-    """Rank 0 receives into its images (n, H, W, ch) what the others drew: their shares, indices."""
-    for r, index in enumerate(shares):
-        if r > 0 and rank in (0, r) and len(index):
-            part = torch.from_numpy(images[index.numpy()])
-            dist.send(part, 0) if rank == r else dist.recv(part, r)
-            images[index.numpy()] = part
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- command line
@@ -267,15 +258,16 @@ def parse_args(argv=None):
     p = Parser(description="Draw images from a checkpoint.")
     add = p.add_argument
     add("--ckpt", default="out", help="a run folder or a checkpoint")
-    add("--vae", help="kl16.ckpt, for models of latents (without it --dataset latents gives .npz)")
+    add("--vae", help="kl16.ckpt: decodes what a model of latents draws")
     add("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all)")
     add("--n", type=number(int, 1), help="images in all (default: 10 a class)")
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the noise")
     add("--batch_size", type=number(int, 1), help="images at once (default: 500, or what fits)")
-    add("--out", help=".png or .npz (default: sample.png, or .npz of latents, beside --ckpt)")
+    add("--out", help=".png or .npz (default: beside --ckpt, sample.png or sample-default.png "
+                      "after --refine; .npz of latents)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
     add("--device", default="auto", help="auto, cpu, cuda ...")
-    add("--solver", help="ddpm (default; fresh noise in every step), ddim, dpm++ (for few)")
+    add("--solver", help="ddpm (default; 25 steps and more), ddim, dpm++ (for 6 to 10 steps)")
     add("--steps", type=number(int, 1, 1000), default=25, help="evaluations of the head per patch")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
     add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
@@ -285,12 +277,11 @@ def parse_args(argv=None):
         help="classifier-free guidance: fidelity for variety; 1 = off")
     add("--cfg_schedule", choices=("constant", "linear"),
         help="guidance along the chain (default: mar linear, else constant)")
-    add("--inpaint", metavar="IMAGE", help="mar: an image to be filled in, with --mask")
-    add("--mask", metavar="IMAGE", help="white where --inpaint, of the same size, is to be filled")
 
     add = p.add_argument_group("refinement (Algorithm 1)").add_argument
-    add("--refine", choices=(*METHODS, "shared"), default="none",
-        help="what moves the conditions; shared: one map for all classes of a batch")
+    add("--refine", choices=("none", "default", "shared", *MAPS), default="none",
+        help="what moves the conditions: default, a Gaussian map, then Sinkhorn steps; shared, one "
+             "map for all classes of a batch; or one map alone")
     add("--coupled", action="store_true",
         help="with --refine: plans between the images of a batch, the literal algorithm; else maps "
              "that are calibrated once")
@@ -305,7 +296,7 @@ def parse_args(argv=None):
 def setup(args):
     """A checkpoint and how to draw from it, as the flags say, for evaluate.py, too: path, model,
     state (the checkpoint's dict), decode (tokens -> images), dataset() -> data.Data, sampling,
-    refinement (or None), batch_size, images(labels, index, seed, tick=): draw_images of all this.
+    refinement (or None), batch_size, images(labels, seed, index=all): draw_images.
 
     ValueError where the flags do not fit the checkpoint or each other. A flag is looked at only
     where it has an effect: command.Flags refuses those that nobody has looked at.
@@ -317,21 +308,24 @@ def setup(args):
     decode = datasets.decoder(facts, args.vae, device)
     data_dir = datasets.flags_of(facts["dataset"], args).get("data_dir")
     dataset = functools.cache(lambda: datasets.again(facts, data_dir, args.vae, device))
-    sampling = sampling_flags(args, model, facts)
+    sampling = sampling_flags(args, model)
     job = SimpleNamespace(path=path, model=model, state=state, decode=decode, dataset=dataset,
                           sampling=sampling, batch_size=args.batch_size or at_once(model, sampling))
     job.refinement = refinement_flags(args, job, data_dir)
     if job.refinement and job.refinement.coupled and job.batch_size < 500 and not args.batch_size:
         raise ValueError("coupled images depend on how many are drawn at once, and 500 do not fit "
                          f"in memory: choose a number, such as --batch_size {job.batch_size}")
-    job.images = functools.partial(draw_images, model, decode, sampling=sampling,
-                                   batch_size=job.batch_size, refinement=job.refinement)
+
+    def images(labels, seed, index=None):
+        return draw_images(model, decode, labels, torch.arange(len(labels)) if index is None else
+                           index, seed, sampling, job.batch_size, job.refinement)
+    job.images = images
     return job
 
 
 def refinement_flags(args, job, data_dir):
     """The Refinement that the flags ask for, or None."""
-    order = args.order if job.model.cfg.kind == "mar" and not args.inpaint else None
+    order = args.order if job.model.cfg.kind == "mar" else None
     if args.refine == "none" and not order:
         return None
     tokens = lambda k, m: tokens_of(job.dataset())(k, m)
@@ -352,7 +346,7 @@ def refinement_flags(args, job, data_dir):
     return make(args.refine, coupled=args.coupled, **given)
 
 
-def sampling_flags(args, model, facts):
+def sampling_flags(args, model):
     """The options of `generate`, as far as they have an effect on this model."""
     cfg = model.cfg
     model.diffloss.solver(args.solver).timesteps(args.steps)              # are they possible?
@@ -368,16 +362,14 @@ def sampling_flags(args, model, facts):
         if args.num_iter and args.num_iter > cfg.n_tokens:
             raise ValueError(f"--num_iter {args.num_iter}: the model has {cfg.n_tokens} tokens, at "
                              "most one AR step each")
-    if args.inpaint:
-        import mar
-        sampling |= mar.read_inpaint(args, model, facts)
     return sampling
 
 
 def output(args, job):
     """The checked file that is to be written."""
     latents = job.state["data"]["dataset"] == "latents" and not args.vae
-    name = args.out or job.path.parent / f"sample.{'npz' if latents else 'png'}"
+    name = "sample" + f"-{args.refine}" * (args.refine != "none")
+    name = args.out or job.path.parent / f"{name}.{'npz' if latents else 'png'}"
     out = check_output("--out", name, (".png", ".npz"), args.overwrite)
     if latents and out.suffix == ".png":
         raise ValueError(f"--out {out}: this model draws latents of a tokeniser that is not here, "
@@ -386,10 +378,9 @@ def output(args, job):
     return out
 
 
-def main():
-    args = parse_args()
+def draw_file(args, job):
+    """What the flags ask for, in a file; job: that of `setup`."""
     rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))
-    job = setup(args)
     names, out = job.state["data"]["class_names"], output(args, job)
     found = [datasets.find_class(word, names) for word in args.classes or ()] or range(len(names))
     ids = torch.tensor(list(dict.fromkeys(found)))       # each once
@@ -407,8 +398,7 @@ def main():
     owner = group % world
     shares = [index[owner[index] == r] for r in range(world)]
     mine, began = shares[rank], time.time()
-    with tqdm(total=len(mine), desc="sampling", unit="image", disable=rank > 0 or None) as bar:
-        images = job.images(labels, mine, seed, tick=bar.update)
+    images = job.images(labels, seed, mine)
     if world > 1:
         gather(images, shares, rank)
     if rank > 0:
@@ -426,6 +416,11 @@ def main():
     print(f"{n} {what} in {seconds:.1f} s ({n / seconds:.1f} a second)"
           + f" after {spent:.1f} s of preparation" * (spent > 0) + f", {args.steps} steps, "
           f"guidance {args.cfg_scale:g}, refinement {args.refine} -> {out}")
+
+
+def main():
+    args = parse_args()
+    draw_file(args, setup(args))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from diffloss import ImageNoise
 from files import save_checkpoint
 from model import build, preset
 from muon import orthogonal
-from ot_refine import MAPS, METHODS, Gaussian, Refiner, stages
+from ot_refine import MAPS, Gaussian, Refiner, stages_of
 from sample import Refinement, draw
 from test_core import settings_kept
 
@@ -572,14 +572,14 @@ def test_on_fake_cuda_the_loss_is_fp32_under_autocast(name, fake_cuda):
 
 
 @cuda_build
-@every("method", [m for m in METHODS if m != "none"])
+@every("method", ["default", *MAPS])
 def test_on_fake_cuda_frozen_maps_move_conditions_without_a_wait(method, fake_cuda):
     make, watch = fake_cuda
     at = {"device": CUDA}
     maps = {"gaussian": Gaussian(*(torch.randn(s, **at) for s in (8, (8, 8), 8)))}
     clouds = [torch.randn(s, **at) for s in ((30, 8), 30, (40, 8), 40, ())]
     maps |= {name: MAPS[name](*clouds) for name in ("sinkhorn", "biased")}
-    r = Refiner(torch.randn(4, 32, 8, **at), torch.randn(4, 30, 8, **at), stages(method))
+    r = Refiner(torch.randn(4, 32, 8, **at), torch.randn(4, 30, 8, **at), stages_of(method))
     r.maps, r.frozen = {1: [maps[name] for name, _ in r.stages]}, True
     watch.waits.clear()
     c = r(1, torch.randn(5, 32, dtype=torch.bfloat16, **at))

@@ -105,7 +105,7 @@ def test_the_nearest_rival_averages_the_five_nearest_targets():
 @pytest.mark.parametrize("name", rivals.RIVALS)
 def test_every_rival_is_a_map_of_the_refiner_and_can_be_saved(name):
     axes, targets = torch.eye(6)[None].expand(2, 6, 6), randn(2, 40, 6, seed=3)
-    make = lambda: ot_refine.Refiner(axes, targets, ot_refine.stages(name, 1, float("inf")))
+    make = lambda: ot_refine.Refiner(axes, targets, ot_refine.stages_of(name, 1, float("inf")))
     refiner, c = make(), randn(30, 6)
     moved = refiner(1, c)
     frozen = make().load(refiner.state())
@@ -387,7 +387,7 @@ def test_every_row_fits_its_model_and_every_figure_a_screen(runs):
             if row.refine is not None:       # raises ValueError where they do not fit
                 ablate.refinement_of(model, real_tokens, how, row.refine)
                 used.add(row.refine["method"])
-    assert used == {*ot_refine.METHODS, "shared"}
+    assert used == {*ot_refine.MAPS, "none", "default", "shared"}
 
 
 def test_a_result_is_known_by_all_that_it_depends_on_and_by_nothing_else(runs, quick_judge,
@@ -805,7 +805,7 @@ def test_the_flow_of_theorem_3_is_that_of_the_refiner():
     c, target = randn(2, 20, 2, 6), randn(2, 25, 2, 6, seed=1) + 1
     plain, targets = theory.Chain(None, c), theory.Chain(None, target)
     clouds, to = theory.flow(theory.Subject("ar", None, None, 1, targets, targets, plain), 1)
-    stages = ot_refine.stages("sinkhorn", theory.K, theory.ETA)
+    stages = ot_refine.stages_of("sinkhorn", theory.K, theory.ETA)
     for k in range(2):
         axes = torch.eye(6)[None].expand(2, 6, 6)
         refiner = ot_refine.Refiner(axes, target[k, :20].transpose(0, 1), stages)

@@ -32,6 +32,7 @@ import command
 import files
 import latents
 import many
+import mar
 import model as models
 import plan
 import sample
@@ -541,12 +542,13 @@ def test_inpainting_and_refinement_work_on_latents(
     Image.fromarray(mask).save(tmp_path / "m.png")
     base = ["--ckpt", run, "--vae", vae_files[0], "--n", 4, "--steps", 2, "--overwrite"]
     coupled = ["--refine", "default", "--coupled", "--m", 30, "--n", 40, "--data_dir"]
-    for name, more in {"inpaint": ["--inpaint", folder / "cat/0.png", "--mask", tmp_path / "m.png"],
+    for name, more in {"inpaint": ["inpaint", folder / "cat/0.png", tmp_path / "m.png"],
                        "frozen": ["--refine", "default", "--m", 30], "plain": [],
                        # references from another place: the images, or the cache itself
                        "folder": [*coupled, folder], "cache": [*coupled, cache]}.items():
         out = tmp_path / f"{name}.npz"
-        code, _, err = call(sample, [*base, *more, "--out", out], monkeypatch, capsys)
+        module = mar if name == "inpaint" else sample
+        code, _, err = call(module, [*more, *base, "--out", out], monkeypatch, capsys)
         assert code == 0, err
     shown = {name: images_in(tmp_path / f"{name}.npz")[0]
              for name in ("frozen", "plain", "folder", "cache")}

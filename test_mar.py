@@ -781,10 +781,10 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients_bitwise(name):
 @pytest.fixture
 def draw(runs, program, tmp_path):
     """Draw by sample.py from a run: uint8 images (n, H, W, ch) and their labels."""
-    def call(name, *flags, ok=True):
+    def call(name, *flags, ok=True, first=()):
         out = tmp_path / "s.npz"
-        code, _, err = program(sample, "--ckpt", runs[name], "--device", "cpu", "--overwrite",
-                               "--out", out, *flags)
+        code, _, err = program(mar if first else sample, *first, "--ckpt", runs[name], "--device",
+                               "cpu", "--overwrite", "--out", out, *flags)
         if not ok:
             assert code == 2 and err.count("\n") == 1, err
             return err
@@ -868,26 +868,26 @@ def test_inpainting_from_files(draw, tmp_path):
     Image.fromarray(mask).save(tmp_path / "black.png")
     mask[9:] = 255                                          # the third row of patches: in part
     Image.fromarray(mask).save(tmp_path / "m.png")
-    args = ["--steps", 2, "--n", 3, "--classes", 1, "--inpaint", tmp_path / "x.png"]
-    whole = [*args, "--mask", tmp_path / "m.png"]
-    out = draw("mar-tiny", *whole)[0][..., 0]
+    args = ["--steps", 2, "--n", 3, "--classes", 1]
+
+    def fill(image, mask, *more, name="mar-tiny", ok=True):
+        return draw(name, *args, *more, ok=ok, first=["inpaint", tmp_path / image, tmp_path / mask])
+
+    out = fill("x.png", "m.png")[0][..., 0]
     assert (out[:, :8] == image[:8]).all() and (out[:, 8:] != image[8:]).any((1, 2)).all()
-    assert "needs --mask" in draw("mar-tiny", *args, ok=False)
-    assert "no white pixel" in draw("mar-tiny", *args, "--mask", tmp_path / "black.png", ok=False)
+    assert "no white pixel" in fill("x.png", "black.png", ok=False)
     clear = np.stack([np.full((16, 16), 255), mask], -1).astype(np.uint8)   # white, above clear
     Image.fromarray(clear).save(tmp_path / "clear.png")
-    same = draw("mar-tiny", *args, "--mask", tmp_path / "clear.png")[0][..., 0]
+    same = fill("x.png", "clear.png")[0][..., 0]
     assert (same == out).all(), "transparent means keep"
     Image.fromarray(np.pad(mask, 8)).save(tmp_path / "large.png")
-    assert "has 32x32 pixels, --inpaint" in draw(
-        "mar-tiny", *args, "--mask", tmp_path / "large.png", ok=False)
-    for flag in ("--mask", "--inpaint"):                    # the later flag holds
-        assert "none.png cannot be read as an image" in draw(
-            "mar-tiny", *whole, flag, tmp_path / "none.png", ok=False)
+    assert "has 32x32 pixels, the image" in fill("x.png", "large.png", ok=False)
+    for names in (("x.png", "none.png"), ("none.png", "m.png")):
+        assert "none.png cannot be read as an image" in fill(*names, ok=False)
     Image.fromarray(image.astype(np.uint16) * 257).save(tmp_path / "x.png")
-    assert (draw("mar-tiny", *whole)[0][..., 0] == out).all(), "16 bits"
-    assert "cannot be refined" in draw("mar-tiny", *whole, "--refine", "default", ok=False)
-    assert "needs a mar model" in draw("cdm-tiny", *whole, ok=False)
+    assert (fill("x.png", "m.png")[0][..., 0] == out).all(), "16 bits"
+    assert "cannot be refined" in fill("x.png", "m.png", "--refine", "default", ok=False)
+    assert "needs a mar model" in fill("x.png", "m.png", name="cdm-tiny", ok=False)
 
 
 def test_an_exported_file_has_what_mar_s_programs_need_and_comes_back_whole(program, tmp_path):

@@ -385,7 +385,7 @@ def test_bad_input_to_sample_is_one_line_and_exit_code_2(argv, words, run, tmp_p
 
 
 IDLE = {"coupled": "--coupled", "K": "--K 3", "eta": "--eta 1", "m": "--m 30",
-        "data_dir": "--data_dir .", "order": "--order raster", "mask": "--mask x.png",
+        "data_dir": "--data_dir .", "order": "--order raster",
         "num_iter": "--num_iter 4",
         "cfg_schedule": "--cfg_scale 1 --cfg_schedule linear"}
 
@@ -906,7 +906,7 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert p.returncode == 0, p.stdout
-    assert "5 passed" in p.stdout and (copied.folder / "out" / "sample.png").exists()
+    assert "5 passed" in p.stdout and (copied.folder / "out" / "sample-default.png").exists()
 
 
 @slack
