@@ -35,7 +35,8 @@ def sq_cost(x, y):
     """
     middle = y.detach().mean(0)
     x, y = x - middle, y - middle
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_min(0)
+    xx, yy = x.square().sum(1, keepdim=True), y.square().sum(1)
+    return (torch.addmm(yy, x, y.T, alpha=-2) + xx).clamp_min(0)
 
 
 def softmin(cost, h, reg):
@@ -86,7 +87,9 @@ def plan(cost, f, g, reg):
 
 def attend(z, points, h, reg):
     """Rows of a plan, normalised, times the points: softmax_l((h_l - |z - p_l|^2) / reg) p_l."""
-    return ((h - sq_cost(z, points)) / reg).softmax(1) @ points
+    middle = points.mean(0)
+    z, p = z - middle, points - middle                     # |z|^2 is the same for all l: left out
+    return (torch.addmm(h - p.square().sum(1), z, p.T, alpha=2) / reg).softmax(1) @ points
 
 
 def divergence(x, y, reg, n_iter=1000, tol=1e-6):
@@ -141,9 +144,8 @@ class Sinkhorn:
         """
         n, e = len(self.cloud), ((self.h - sq_cost(z, self.cloud)) / self.reg).exp()
         total = e.sum(1, keepdim=True)
-        # the row of z sums to 1: u (sum e + u) = n + 1
-        u = 2 * (n + 1) / (total + (total.square() + 4 * (n + 1)).sqrt())
-        itself = (e @ self.cloud + u * z) / (total + u)
+        u = ((total.square() + 4 * (n + 1)).sqrt() - total) / 2    # of u (sum e + u) = n + 1
+        itself = torch.addcmul(e @ self.cloud, u, z) / (total + u)
         return z + attend(z, self.target, self.g, self.reg) - itself
 
     def own(self, c):
@@ -181,7 +183,7 @@ class Gaussian:
         return cls(c.mean(0), A.to(c.dtype), target.mean(0))
 
     def __call__(self, z):
-        return self.to + (z - self.mean) @ self.A
+        return torch.addmm(self.to, z - self.mean, self.A)
 
 
 def shrunk(scatter, n, both):
@@ -216,6 +218,8 @@ def jko_step(c, to, eta, lam=0.0, a=0.0):
     if eta == 0:
         return c
     keep = 1 / (2 * eta)
+    if lam == 0:
+        return torch.lerp(c, to, 1 / (keep + 1))                           # the same in one kernel
     return (keep * c + to + lam * a) / (keep + 1 + lam)
 
 
@@ -277,7 +281,7 @@ class Refiner:
         with exact(c.device):
             full, axes, maps = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
             z = low = full @ axes                                              # (n, r)
-            lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
+            lift = lambda z: torch.addmm(full, z - low, axes.T)                # back to (n, C)
             if not self.frozen:
                 maps = self.maps[i] = []                           # a map for each stage, to come
                 if not z.isfinite().all():

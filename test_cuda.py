@@ -217,6 +217,20 @@ def test_an_ar_step_of_the_transformer_takes_few_kernels(name, most):
     assert 2 * n[0] - n[1] <= most, 2 * n[0] - n[1]
 
 
+@every("how, most", [("frozen", 80), ("coupled", 573), ("shared", 118)])
+def test_refining_the_conditions_of_a_place_takes_few_kernels(how, most):
+    randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    axes = torch.linalg.qr(randn(2, 64, 64))[0][..., :16]
+    r, y = Refiner(axes, randn(2, 150, 64) @ axes, stages()), torch.arange(200) % 10
+    refine, c = many.shared(dict.fromkeys(range(10), r)) if how == "shared" else r, randn(200, 64)
+    c = (1.3 * c + 0.5).bfloat16()
+    refine(1, c, y)
+    r.frozen = how == "frozen"
+    with Watch() as watch:
+        refine(1, c, y)
+    assert watch.kernels <= most and bool(+watch.waits) == (how == "coupled"), watch.kernels
+
+
 @every("name, most", [("gpt-tiny", 770), ("mar-tiny", 1050)])
 def test_a_training_pass_takes_few_kernels(name, most):
     model = tiny(name).train()
