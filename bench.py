@@ -308,7 +308,7 @@ def training_roofline(name, batch):
     CUDA's autocast, without dropout. Clipping, AdamW and the average, fused by torch anyway, move
     52 bytes a parameter."""
     def passes(cfg):
-        draws = build(replace(cfg, n_layer=1)).draw(batch, torch.Generator().manual_seed(0))
+        draws = build(replace(cfg, n_layer=1)).randomness(batch, torch.Generator().manual_seed(0))
         with FakeTensorMode() as fakes, cuda_rules():
             model = build(cfg).train()
             x, y = torch.empty(batch, cfg.n_tokens, cfg.token_dim), torch.zeros(batch).long()

@@ -39,9 +39,9 @@ def sq_cost(x, y):
     return (torch.addmm(yy, x, y.T, alpha=-2) + xx).clamp_min(0)
 
 
-def softmin(cost, h, reg):
-    """-reg log mean_l exp((h_l - cost_jl) / reg) (n,): one half of a Sinkhorn iteration."""
-    return -reg * (torch.logsumexp((h - cost) / reg, dim=1) - math.log(len(h)))
+def softmin(cost, h):
+    """-log mean_l exp(h_l - cost_jl) (n,): half of a Sinkhorn iteration, in units of reg."""
+    return math.log(len(h)) - torch.logsumexp(h - cost, dim=1)
 
 
 def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05):
@@ -51,17 +51,17 @@ def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05):
     P = exp((f + g - cost) / reg) / (n m), whose rows are exact. tol: the mean relative error of its
     columns, looked at every tenth time, as a look makes a GPU wait; T is off by about as much.
     """
-    g = torch.zeros_like(cost[0]) if g is None else g
+    cost, g = cost / reg, torch.zeros_like(cost[0]) if g is None else g / reg
     for k in range(n_iter):
-        f = softmin(cost, g, reg)                                  # rows exact
-        before, g = g, softmin(cost.T, f, reg)                     # columns exact
+        f = softmin(cost, g)                                       # rows exact
+        before, g = g, softmin(cost.T, f)                          # columns exact
         # by this factor the columns were off before
-        if k % 10 == 0 and (((before - g) / reg).exp() - 1).abs().mean() < tol:
+        if k % 10 == 0 and ((before - g).exp() - 1).abs().mean() < tol:
             break
     else:
         warnings.warn(f"Sinkhorn stopped after n_iter={n_iter}, its marginals not yet met to "
                       f"{tol:.0e}: raise reg", RuntimeWarning, stacklevel=2)
-    return softmin(cost, g, reg), g
+    return reg * softmin(cost, g), reg * g
 
 
 def sinkhorn_self(cost, reg, n_iter=50, tol=0.05):

@@ -69,6 +69,7 @@ class Watch(TorchDispatchMode):
     WAITS = {"_local_scalar_dense", "nonzero", "_unique2", "masked_select", "bincount", "equal"}
     FREE = {"empty", "new_empty", "empty_like", "empty_strided", "detach", "lift_fresh",
             "_unsafe_view"}
+    SEVERAL = {"logsumexp": 9}                  # kernels that CUDA composes it of
 
     def __init__(self):
         super().__init__()
@@ -82,7 +83,7 @@ class Watch(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             a, b = (out, args[0]) if name == "_to_copy" else args[:2]
             self.waits[f"copy {b.device.type} -> {a.device.type}"] += a.device.type != b.device.type
-        self.kernels += not (f.is_view or name in self.FREE)
+        self.kernels += self.SEVERAL.get(name, not (f.is_view or name in self.FREE))
         self.names[name] += 1
         return out
 
@@ -217,7 +218,7 @@ def test_an_ar_step_of_the_transformer_takes_few_kernels(name, most):
     assert 2 * n[0] - n[1] <= most, 2 * n[0] - n[1]
 
 
-@every("how, most", [("frozen", 80), ("coupled", 573), ("shared", 118)])
+@every("how, most", [("frozen", 80), ("coupled", 809), ("shared", 118)])
 def test_refining_the_conditions_of_a_place_takes_few_kernels(how, most):
     randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     axes = torch.linalg.qr(randn(2, 64, 64))[0][..., :16]
