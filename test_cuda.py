@@ -680,6 +680,36 @@ def test_on_a_gpu_losses_and_gradients_are_near_the_cpu_s(name):
 
 
 @gpu
+@every("method", [m for m in METHODS if m != "none"])
+def test_on_a_gpu_refined_conditions_are_those_of_the_cpu(method):
+    torch.manual_seed(0)
+    axes, target = torch.linalg.qr(torch.randn(2, 32, 32))[0][..., :8], torch.randn(2, 80, 32)
+    c, found = 1.3 * torch.randn(100, 32) + 0.5, []
+    for device in ("cpu", CUDA):
+        r = Refiner(axes.to(device), (target @ axes).to(device), stages(method))
+        coupled = r(1, c.to(device))
+        frozen = Refiner(r.axes, r.targets, r.stages).load(r.state())(1, c.to(device))
+        found.append(torch.stack([coupled, frozen]).cpu())
+    assert relative(found[1], found[0]) < 1e-4, "fp32, another summation order, over reg"
+
+
+@gpu
+def test_on_a_gpu_the_vae_and_the_extractors_give_what_the_cpu_gives():
+    from evaluate import Classifier
+    from inception import Inception
+    from vae import KL16
+    torch.manual_seed(0)
+    images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+    nets = Classifier(3, 10).eval(), Inception().eval(), KL16().decode
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+        for net, x in zip(nets, (images, images, torch.randn(1, 16, 2, 2))):
+            want = net(x)
+            getattr(net, "__self__", net).to(CUDA)
+            for a, b in zip(net(x.to(CUDA)), want):
+                assert a is b is None or relative(a.cpu(), b) < 1e-3, "fp32, other convolutions"
+
+
+@gpu
 def test_on_a_gpu_the_programs_train_draw_refined_images_and_measure_them(tmp_path):
     run = lambda *argv: subprocess.run([sys.executable, *map(str, argv)], check=True, timeout=600,
                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
