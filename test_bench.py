@@ -126,9 +126,12 @@ def test_what_is_compiled_is_counted_in_fused_kernels_forward_and_backward(train
 def test_a_training_step_takes_fewer_kernels_compiled_and_its_flops_are_those_of_plan(monkeypatch):
     small = replace(preset("gpt-tiny"), n_layer=1, head_depth=1)
     monkeypatch.setattr(bench, "by_layers", lambda cfg, count: count(small))
-    (kernels, seconds), (fewer, faster), flops = bench.training_roofline("gpt-tiny", 2)
+    (kernels, seconds, limit), (fewer, faster, same), flops = bench.training_roofline("gpt-tiny", 2)
     assert fewer < 0.7 * kernels and faster < 0.7 * seconds, (fewer, kernels, faster, seconds)
     assert flops == pytest.approx(2 * training_flops(small), rel=0.1)
+    assert limit == pytest.approx(same, rel=0.3) and limit < faster, (limit, same)
+    adamw, muon = bench.update_roofline("gpt-tiny")
+    assert adamw < muon
 
 
 def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, capsys):
