@@ -13,6 +13,7 @@ as soon as it is measured; one that does not fit in memory says so, and the rest
 """
 from command import Parser, number, pick_device, run        # first: it answers signals
 
+import collections
 import contextlib
 import copy
 import functools
@@ -41,6 +42,7 @@ import train as training
 from files import check_output, write_text
 from diffloss import DiffLoss, ImageNoise, respaced
 from model import build, guidance_at, preset
+from muon import orthogonal
 from plan import by_layers, on_meta, sampling_flops, training_flops
 from sample import Refinement, draw
 
@@ -304,11 +306,10 @@ def fused_head(name, batch):
 
 
 def training_roofline(name, batch):
-    """(kernels, seconds) of a training step eagerly and by torch.compile, and its FLOPs: in bf16 by
-    CUDA's autocast, without dropout. Clipping, AdamW and the average, fused by torch anyway, move
-    52 bytes a parameter."""
+    """(kernels, seconds, seconds of matrix products and attention) of a training step eagerly and
+    by torch.compile, without the optimiser; its FLOPs: in bf16 by CUDA's autocast, no dropout."""
     def passes(cfg):
-        draws = build(replace(cfg, n_layer=1)).draw(batch, torch.Generator().manual_seed(0))
+        draws = build(replace(cfg, n_layer=1)).randomness(batch, torch.Generator().manual_seed(0))
         with FakeTensorMode() as fakes, cuda_rules():
             model = build(cfg).train()
             x, y = torch.empty(batch, cfg.n_tokens, cfg.token_dim), torch.zeros(batch).long()
@@ -316,12 +317,23 @@ def training_roofline(name, batch):
             with Roofline() as eager, patch.object(F, "rms_norm", one_kernel):
                 model.loss(x, y, draws).sum().backward()
             fused = compiled(model.loss, x, y, draws)
-        return np.array([eager.kernels, eager.seconds, fused.kernels, fused.seconds, eager.flops])
+        return np.array([eager.kernels, eager.seconds, eager.limit,
+                         fused.kernels, fused.seconds, fused.limit, eager.flops])
 
-    cfg = preset(name, dropout=0.0)
-    kernels, seconds, fewer, faster, flops = by_layers(cfg, passes)
-    update = 52 * on_meta(cfg).num_params / 3e12
-    return (kernels, seconds + update), (fewer, faster + update), flops
+    *both, flops = by_layers(preset(name, dropout=0.0), passes)
+    return both[:3], both[3:], flops
+
+
+def update_roofline(name):
+    """Seconds of an optimiser step, AdamW's and Muon's, with clipping and the average. Fused by
+    torch, they move 52 bytes a parameter, Muon 88 and its products for those of the blocks."""
+    model = on_meta(preset(name))
+    muon = [p for n, p in model.named_parameters() if p.dim() == 2 and "blocks." in n]
+    with torch.device("meta"), Roofline() as products:
+        for shape, n in collections.Counter(p.shape for p in muon).items():
+            orthogonal(torch.empty(n, *shape, dtype=torch.bfloat16))
+    adamw = 52 * model.num_params / 3e12
+    return adamw, adamw + 36 * sum(p.numel() for p in muon) / 3e12 + products.seconds
 
 
 def roofline(name, batch, num_iter, **sampling):
@@ -532,14 +544,17 @@ class Bench:
                 print(f"| {name}, batch {batch}, {solver} {steps} | {step.kernels}, {kernels:.0f} "
                       f"| {rates} |", flush=True)
 
-        print("\n| a training step, counted | kernels | GPU, ms | images/s | of 989 TFLOP/s |\n"
-              + "|---" * 5 + "|")
+        print("\n| training, counted | kernels | GPU, ms | of it products | AdamW, ms "
+              "| images/s | of 989 TFLOP/s | Muon, ms | images/s |\n" + "|---" * 9 + "|")
         for name, batch in (("mar-l", 64), ("gpt-xl", 32)):
-            *ways, flops = training_roofline(name, batch)
-            for way, (kernels, seconds) in zip(("eager", "torch.compile"), ways):
-                t = max(seconds, 4e-6 * kernels)
-                print(f"| {name}, batch {batch}, {way} | {kernels:.0f} | {1e3 * seconds:.0f} "
-                      f"| {batch / t:.0f} | {flops / t / 989e12:.0%} |", flush=True)
+            (*ways, flops), updates = training_roofline(name, batch), update_roofline(name)
+            for way, (kernels, seconds, limit) in zip(("eager", "torch.compile"), ways):
+                adamw, muon = (max(seconds, 4e-6 * kernels) + update for update in updates)
+                cells = [f"{name}, batch {batch}, {way}", f"{kernels:.0f}", f"{1e3 * seconds:.0f}",
+                         f"{1e3 * limit:.0f}", f"{1e3 * updates[0]:.0f}", f"{batch / adamw:.0f}",
+                         f"{flops / adamw / 989e12:.0%}", f"{1e3 * updates[1]:.0f}",
+                         f"{batch / muon:.0f}"]
+                print("| " + " | ".join(cells) + " |", flush=True)
 
 
 # ---------------------------------------------------------------- command line

@@ -50,7 +50,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x, mod):
         shift, gain, gate = mod
-        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, self.in_ln(x), gain)))
+        h = self.in_ln(x).type_as(x)            # autocast's is fp32, which would spread to all
+        return torch.addcmul(x, gate, self.mlp(torch.addcmul(shift, h, gain)))
 
 
 class FinalLayer(nn.Module):
@@ -62,7 +63,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, mod):
         shift, gain = mod
-        return self.linear(torch.addcmul(shift, self.norm_final(x), gain))
+        return self.linear(torch.addcmul(shift, self.norm_final(x).type_as(x), gain))
 
 
 class DenoisingMLP(nn.Module):

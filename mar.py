@@ -571,8 +571,8 @@ def export(argv):
 
 def inpaint(argv):
     import sample
-    p = Parser(prog="mar.py inpaint", description="Fill a part of an image by a mar model. Flags of "
-               "sample.py say how to draw: --ckpt RUN --classes NAME --n 4 ...")
+    p = Parser(prog="mar.py inpaint", description="Fill a part of an image by a mar model. Flags "
+               "of sample.py say how to draw: --ckpt RUN --classes NAME --n 4 ...")
     p.add_argument("image", help="the image")
     p.add_argument("mask", help="an image of the same size, white where it is to be filled")
     args, drawing = p.parse_known_args(argv)

@@ -45,9 +45,9 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_(list(mixed), grads)
             mixed.lerp_(momenta, beta)                                       # Nesterov's
             update = orthogonal(mixed.bfloat16() if mixed.is_cuda else mixed).to(mixed.dtype)
-            update *= -group["scale"] * lr * max(1, same[0].shape[0] / same[0].shape[1]) ** 0.5
+            rate = group["scale"] * lr * max(1, same[0].shape[0] / same[0].shape[1]) ** 0.5
             torch._foreach_mul_(same, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(same, list(update))
+            torch._foreach_add_(same, list(update), alpha=-rate)
 
 
 def orthogonal(g, steps=5):
@@ -57,5 +57,6 @@ def orthogonal(g, steps=5):
     x = x.mT if g.shape[1] > g.shape[2] else x
     for _ in range(steps):
         s = x @ x.mT
-        x = a * x + (b * s + c * s @ s) @ x
+        s = torch.baddbmm(s, s, s, beta=b, alpha=c)          # b s + c s s
+        x = torch.baddbmm(x, s, x, beta=a)                   # a x + s x
     return x.mT if g.shape[1] > g.shape[2] else x

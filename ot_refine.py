@@ -35,12 +35,13 @@ def sq_cost(x, y):
     """
     middle = y.detach().mean(0)
     x, y = x - middle, y - middle
-    return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp_min(0)
+    xx, yy = x.square().sum(1, keepdim=True), y.square().sum(1)
+    return (torch.addmm(yy, x, y.T, alpha=-2) + xx).clamp_min(0)
 
 
-def softmin(cost, h, reg):
-    """-reg log mean_l exp((h_l - cost_jl) / reg) (n,): one half of a Sinkhorn iteration."""
-    return -reg * (torch.logsumexp((h - cost) / reg, dim=1) - math.log(len(h)))
+def softmin(cost, h):
+    """-log mean_l exp(h_l - cost_jl) (n,): half of a Sinkhorn iteration, in units of reg."""
+    return math.log(len(h)) - torch.logsumexp(h - cost, dim=1)
 
 
 def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05):
@@ -50,17 +51,17 @@ def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05):
     P = exp((f + g - cost) / reg) / (n m), whose rows are exact. tol: the mean relative error of its
     columns, looked at every tenth time, as a look makes a GPU wait; T is off by about as much.
     """
-    g = torch.zeros_like(cost[0]) if g is None else g
+    cost, g = cost / reg, torch.zeros_like(cost[0]) if g is None else g / reg
     for k in range(n_iter):
-        f = softmin(cost, g, reg)                                  # rows exact
-        before, g = g, softmin(cost.T, f, reg)                     # columns exact
+        f = softmin(cost, g)                                       # rows exact
+        before, g = g, softmin(cost.T, f)                          # columns exact
         # by this factor the columns were off before
-        if k % 10 == 0 and (((before - g) / reg).exp() - 1).abs().mean() < tol:
+        if k % 10 == 0 and ((before - g).exp() - 1).abs().mean() < tol:
             break
     else:
         warnings.warn(f"Sinkhorn stopped after n_iter={n_iter}, its marginals not yet met to "
                       f"{tol:.0e}: raise reg", RuntimeWarning, stacklevel=2)
-    return softmin(cost, g, reg), g
+    return reg * softmin(cost, g), reg * g
 
 
 def sinkhorn_self(cost, reg, n_iter=50, tol=0.05):
@@ -86,7 +87,9 @@ def plan(cost, f, g, reg):
 
 def attend(z, points, h, reg):
     """Rows of a plan, normalised, times the points: softmax_l((h_l - |z - p_l|^2) / reg) p_l."""
-    return ((h - sq_cost(z, points)) / reg).softmax(1) @ points
+    middle = points.mean(0)
+    z, p = z - middle, points - middle                     # |z|^2 is the same for all l: left out
+    return (torch.addmm(h - p.square().sum(1), z, p.T, alpha=2) / reg).softmax(1) @ points
 
 
 def divergence(x, y, reg, n_iter=1000, tol=1e-6):
@@ -141,9 +144,8 @@ class Sinkhorn:
         """
         n, e = len(self.cloud), ((self.h - sq_cost(z, self.cloud)) / self.reg).exp()
         total = e.sum(1, keepdim=True)
-        # the row of z sums to 1: u (sum e + u) = n + 1
-        u = 2 * (n + 1) / (total + (total.square() + 4 * (n + 1)).sqrt())
-        itself = (e @ self.cloud + u * z) / (total + u)
+        u = ((total.square() + 4 * (n + 1)).sqrt() - total) / 2    # of u (sum e + u) = n + 1
+        itself = torch.addcmul(e @ self.cloud, u, z) / (total + u)
         return z + attend(z, self.target, self.g, self.reg) - itself
 
     def own(self, c):
@@ -181,7 +183,7 @@ class Gaussian:
         return cls(c.mean(0), A.to(c.dtype), target.mean(0))
 
     def __call__(self, z):
-        return self.to + (z - self.mean) @ self.A
+        return torch.addmm(self.to, z - self.mean, self.A)
 
 
 def shrunk(scatter, n, both):
@@ -216,6 +218,8 @@ def jko_step(c, to, eta, lam=0.0, a=0.0):
     if eta == 0:
         return c
     keep = 1 / (2 * eta)
+    if lam == 0:
+        return torch.lerp(c, to, 1 / (keep + 1))                           # the same in one kernel
     return (keep * c + to + lam * a) / (keep + 1 + lam)
 
 
@@ -236,8 +240,9 @@ def check_maps(stages, lam=0.0, inverse=None):
         T = MAPS.get(name)
         # "in dir": hasattr(T, "__call__") is true of every class
         if not (is_dataclass(T) and hasattr(T, "fit") and "__call__" in dir(T)):
-            raise ValueError(f"the map {name!r} must be one of MAPS, {', '.join(MAPS)}: a dataclass "
-                             "of tensors with a classmethod fit(c, target, reg) and a __call__(z)")
+            raise ValueError(f"the map {name!r} must be one of MAPS, {', '.join(MAPS)}: a "
+                             "dataclass of tensors with a classmethod fit(c, target, reg) and a "
+                             "__call__(z)")
     if lam > 0 and inverse is None:
         raise ValueError(f"lam={lam} needs inverse(i, c), T^-1 of the patch drawn under c")
 
@@ -278,7 +283,7 @@ class Refiner:
         with exact(c.device):
             full, axes, maps = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
             z = low = full @ axes                                              # (n, r)
-            lift = lambda z: full + (z - low) @ axes.T                         # back to (n, C)
+            lift = lambda z: torch.addmm(full, z - low, axes.T)                # back to (n, C)
             if not self.frozen:
                 maps = self.maps[i] = []                           # a map for each stage, to come
                 if not z.isfinite().all():

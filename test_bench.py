@@ -1,6 +1,7 @@
 """The fast paths give what the plain path gives, and bench.py runs. No test looks at a time."""
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import bench
 import command
 from diffloss import ImageNoise
 from model import build, preset
+from plan import training_flops
 
 torch.set_num_threads(1)
 
@@ -117,6 +119,19 @@ def test_what_is_compiled_is_counted_in_fused_kernels_forward_and_backward(train
     with bench.Roofline() as eager:
         ((x @ w) * 2 + 1).sin()
     assert eager.kernels == 4 and eager.flops == 2 * 64 ** 3
+
+
+@pytest.mark.skipif(not hasattr(GraphLowering, "_update_scheduler"),
+                    reason="needs a torch that can be asked what it would compile")
+def test_a_training_step_takes_fewer_kernels_compiled_and_its_flops_are_those_of_plan(monkeypatch):
+    small = replace(preset("gpt-tiny"), n_layer=1, head_depth=1)
+    monkeypatch.setattr(bench, "by_layers", lambda cfg, count: count(small))
+    (kernels, seconds, limit), (fewer, faster, same), flops = bench.training_roofline("gpt-tiny", 2)
+    assert fewer < 0.7 * kernels and faster < 0.7 * seconds, (fewer, kernels, faster, seconds)
+    assert flops == pytest.approx(2 * training_flops(small), rel=0.1)
+    assert limit == pytest.approx(same, rel=0.3) and limit < faster, (limit, same)
+    adamw, muon = bench.update_roofline("gpt-tiny")
+    assert adamw < muon
 
 
 def test_a_row_that_does_not_fit_in_memory_says_so_and_the_rest_goes_on(quick, capsys):

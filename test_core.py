@@ -470,6 +470,20 @@ def test_the_frozen_map_is_the_documented_formula_and_each_point_s_own():
     assert (T(z + 1e4) - y.mean(0)).norm() < 10, "far away it goes to the targets, its own cloud"
 
 
+@every("name", MAPS)
+@every("n, m", [(40, 30), (1, 30), (40, 1), (1, 1)])
+@every("reg", [0.005, 0.2, 5.0])
+@every("far", [0, 1000])
+def test_maps_in_fp32_are_those_of_float64_to_rounding_wherever_clouds_lie(name, n, m, reg, far):
+    x, y = ((z + far).float() for z in clouds(n, m))
+    z = torch.cat([x[:1], randn(9, 5) + far, randn(9, 5) + far + 20])
+    T = MAPS[name].fit(x.double(), y.double(), reg)
+    low = MAPS[name](**{field: value.float() for field, value in vars(T).items()})
+    for point, f, g in (z, T, low), (x, getattr(T, "own", T), getattr(low, "own", low)):
+        # 20 roundings of a coordinate; of squares counted from the origin it would be 1000 far
+        assert (g(point) - f(point.double())).abs().max() < 20 * 6e-8 * (far + 40)
+
+
 # ================================================================ ot_refine: the Refiner
 
 def refiner(n=40, m=30, C=6, rank=6, **options):

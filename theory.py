@@ -224,7 +224,8 @@ def exact_flow(x, y, eta, steps, implicit=True):
         cost = ot.dist(x, y)                                             # (n, n) squared distances
         row, col = linear_sum_assignment(cost)
         out.append(np.sqrt(cost[row, col].mean()))
-        x = jko_step(x, y[col], eta) if implicit else x - 2 * eta * (x - y[col])
+        step = jko_step(torch.tensor(x), torch.tensor(y[col]), eta).numpy()
+        x = step if implicit else x - 2 * eta * (x - y[col])
     return np.array(out)
 
 
