@@ -222,7 +222,7 @@ def test_an_ar_step_of_the_transformer_takes_few_kernels(name, most):
 def test_refining_the_conditions_of_a_place_takes_few_kernels(how, most):
     randn = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     axes = torch.linalg.qr(randn(2, 64, 64))[0][..., :16]
-    r, y = Refiner(axes, randn(2, 150, 64) @ axes, stages()), torch.arange(200) % 10
+    r, y = Refiner(axes, randn(2, 150, 64) @ axes, stages_of()), torch.arange(200) % 10
     refine, c = many.shared(dict.fromkeys(range(10), r)) if how == "shared" else r, randn(200, 64)
     c = (1.3 * c + 0.5).bfloat16()
     refine(1, c, y)
@@ -680,13 +680,13 @@ def test_on_a_gpu_losses_and_gradients_are_near_the_cpu_s(name):
 
 
 @gpu
-@every("method", [m for m in METHODS if m != "none"])
+@every("method", ["default", *MAPS])
 def test_on_a_gpu_refined_conditions_are_those_of_the_cpu(method):
     torch.manual_seed(0)
     axes, target = torch.linalg.qr(torch.randn(2, 32, 32))[0][..., :8], torch.randn(2, 80, 32)
     c, found = 1.3 * torch.randn(100, 32) + 0.5, []
     for device in ("cpu", CUDA):
-        r = Refiner(axes.to(device), (target @ axes).to(device), stages(method))
+        r = Refiner(axes.to(device), (target @ axes).to(device), stages_of(method))
         coupled = r(1, c.to(device))
         frozen = Refiner(r.axes, r.targets, r.stages).load(r.state())(1, c.to(device))
         found.append(torch.stack([coupled, frozen]).cpu())
