@@ -267,7 +267,7 @@ def meaning(error):
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, (ValueError, OSError)):
         return line
-    if isinstance(error, ModuleNotFoundError) and Path(sys.argv[0]).parent == Path(__file__).parent:
+    if isinstance(error, ModuleNotFoundError):
         return f"{line}: a file of this project, or a package of requirements.txt, is missing"
     if isinstance(error, MemoryError) or re.search(MEMORY, line, re.I):
         return f"out of memory: {LESS} ({line[:200]})"

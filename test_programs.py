@@ -899,14 +899,22 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
     how = "--steps 2 --refine default --m 30"
     picked = "teacher_forcing or kept_and_used_again or published_ones or the_plan_agrees"
     for argv in (["-c", program, "train.py --steps 2 --eval_every 2 --global_batch 16",
-                  f"sample.py {how} --classes 3 --n 5",
+                  f"sample.py {how} --classes 3 --n 5", "sample.py --steps 2 --n 20 --out s.npz",
+                  "evaluate.py --samples s.npz --dataset digits --features pixels",
                   f"evaluate.py --ckpt out --n 20 --features pixels --coupled {how}"],
                  ["-m", "pytest", "-q", "-k", picked, "-p", "no:cacheprovider"]):
         p = subprocess.run([sys.executable, *argv], cwd=copied.folder, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert p.returncode == 0, p.stdout
-    assert "5 passed" in p.stdout and (copied.folder / "out" / "sample-default.png").exists()
+    assert "5 passed" in p.stdout
+    p = subprocess.run([sys.executable, "train.py", "--model", "mar-tiny"], cwd=copied.folder,
+                       text=True, capture_output=True)
+    assert p.returncode == 2 and p.stderr == ("train.py: error: No module named 'mar': a file of "
+                                              "this project, or a package of requirements.txt, is "
+                                              "missing\n")
+    assert (copied.folder / "out" / "sample-default.png").exists()
+
 
 
 @slack
@@ -920,7 +928,7 @@ def test_change_a_data_set_from_a_table(copied, tmp_path):
     refused("cannot reshape array", copied.train, *mine)       # 28 x 28, unless --size says
     done(copied.train, *mine, "--size", 8)
     done(copied.sample, "--ckpt", tmp_path / "r", *REFINE, "default")
-    assert Image.open(tmp_path / "r" / "sample.png").mode == "L"
+    assert Image.open(tmp_path / "r" / "sample-default.png").mode == "L"
     table[:, 0] %= 9
     np.savetxt(tmp_path / "a.csv", table, "%d", ",", header="label,pixel0")
     refused("class '9' of", copied.train, *mine, "--size", 8)
