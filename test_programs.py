@@ -909,7 +909,7 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
         assert p.returncode == 0, p.stdout
     assert "5 passed" in p.stdout
     p = subprocess.run([sys.executable, "train.py", "--model", "mar-tiny"], cwd=copied.folder,
-                       text=True, capture_output=True)
+                       text=True, capture_output=True, env={**os.environ, "PYTHONPATH": ""})
     assert p.returncode == 2 and p.stderr == ("train.py: error: No module named 'mar': a file of "
                                               "this project, or a package of requirements.txt, is "
                                               "missing\n")
