@@ -956,7 +956,7 @@ def test_change_a_map_by_pot_or_sliced(name, snippet, copied, own_run):
         assert re.split(" \\.\\.\\.|  +#", line)[0] in snippet, line
     copied.add("ot_refine.py", LINES["maps"], snippet)
     copied.add("ot_refine.py", LINES["maps"], 'MAPS["half"] = dataclass(type("Half", (), {}))\n')
-    refused("the map 'half' must be a dataclass", copied.sample, "--ckpt", own_run, *REFINE, "half")
+    refused("the map 'half' must be one of MAPS", copied.sample, "--ckpt", own_run, *REFINE, "half")
     done(copied.sample, "--ckpt", own_run, *REFINE, name)
     x, y = clouds(400, 300)
     T = copied.ot_refine.MAPS[name].fit(x, y, 0.05)
