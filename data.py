@@ -123,7 +123,7 @@ class Set(NamedTuple):
     reads: tuple = ()               # which of the flags --data_dir, --max_bad, --vae, --cache_dir
 
 
-MINE = ("data_dir",)
+NEEDS_DIR = ("data_dir",)
 PHOTOS = ("data_dir", "max_bad", "vae", "cache_dir")
 SHAPES = dict(diffusion_batch_mul=4)
 FILES = dict(size=None, steps=6000, eval_every=1000)           # None: the size that they have
@@ -133,10 +133,10 @@ IMAGENET = dict(patch=1, model="gpt-xl", steps=250_000, global_batch=2048, lr=8e
 DATASETS = {
     "digits": Set(load_digits),
     "shapes": Set("load_shapes", SHAPES),
-    "mnist": Set("load_mnist", FILES, MINE),
-    "cifar10": Set("load_cifar10", FILES, MINE),
-    "cifar100": Set("load_cifar100", FILES, MINE),
-    "arrays": Set("load_arrays", FILES, MINE),
+    "mnist": Set("load_mnist", FILES, NEEDS_DIR),
+    "cifar10": Set("load_cifar10", FILES, NEEDS_DIR),
+    "cifar100": Set("load_cifar100", FILES, NEEDS_DIR),
+    "arrays": Set("load_arrays", FILES, NEEDS_DIR),
     # as digits and shapes, without their held-out images: where defaults are chosen
     "digits-tune": Set("load_digits_tune"),
     "shapes-tune": Set("load_shapes_tune", SHAPES),

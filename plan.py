@@ -208,8 +208,9 @@ def shared_bytes(cfg, m, classes):
 
 def describe(cfg, share, global_batch, steps, recompute=False):
     """Print what a training run takes, `share` images a pass, and then drawing and refinement."""
-    gib = lambda n_bytes: f"{n_bytes / 2**30:.2f} GiB"
-    on_all = lambda flops: ", ".join(f"{hours(flops, name):.3g} h on {name}" for name in HARDWARE)
+    gib = lambda n: f"{n / 2**30:.2f} GiB" if n >= 2 ** 27 else f"{n / 2**20:.3g} MiB"
+    time = lambda h: f"{h:.3g} h" if h >= 0.1 else f"{3600 * h:.2g} s"
+    on_all = lambda flops: ", ".join(f"{time(hours(flops, name))} on {name}" for name in HARDWARE)
     model, weights, kept = memory_estimate(cfg, share, recompute)
     print(f"memory of a process: {gib(weights)} weights, gradients, AdamW and EMA + about "
           f"{gib(kept)} activations at {share} images a pass (half of it under bf16)")

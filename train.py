@@ -55,7 +55,8 @@ PATIENT = {"mar-tiny": dict(steps=6000)}
 def parse_args(argv=None):
     p = Parser(description="Train a generator. To resume, run the same command again.")
     add = p.add_argument
-    add("--dataset", choices=DATASETS, default="digits", help="what to train on")
+    add("--dataset", choices=DATASETS, metavar="NAME", default="digits",
+        help=f"what to train on: {', '.join(DATASETS)}")
     add("--data_dir", help="where it is: the folder of images ROOT/<class>/*.png, of ImageNet, of "
                            "mnist's or cifar's files; the npz of arrays; latents: an npz with "
                            "latents (N, z, h, h), labels [, split, class_names], or such .npy")
@@ -78,9 +79,11 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of weights, data order, noise")
     add("--eval_every", type=number(int, 1), default=400, help="steps between checkpoints")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
-    add("--threads", type=number(int, 0, 1024), default=0, help="of a CPU; 0: 1 for small models")
-    add("--compile", action="store_true", help="torch.compile (CUDA)")
-    add("--checkpoint_blocks", action="store_true", help="less memory, exact, a third slower")
+    add("--threads", type=number(int, 0, 1024), default=0,
+        help="CPU threads; 0: one for small models, else all")
+    add("--compile", action="store_true", help="CUDA: train faster, after minutes of torch.compile")
+    add("--checkpoint_blocks", action="store_true", 
+        help="compute activations again in the backward pass: less memory, exact, a third slower")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE",
         help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
     add("--dry-run", action="store_true", help="print what the run would take, and stop")
