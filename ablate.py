@@ -102,7 +102,8 @@ def does_it_work(jobs):
 
 def in_whose_eyes(jobs):
     """In whose eyes?"""
-    return [Row("eyes", name, refine) for name, refine in MAIN.items() if name != "sinkhorn"]
+    names = "none", "gaussian, sinkhorn (default)", "default, coupled"       # for others: parts
+    return [Row("eyes", name, MAIN[name]) for name in names]
 
 
 def what_does_the_work(jobs):
