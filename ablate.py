@@ -111,7 +111,8 @@ def what_does_the_work(jobs):
     rows = [Row("parts", name, refine) for name, refine in (MAIN | MORE).items()]
     rows.insert(5, Row("parts", "displacements shuffled", {}, control=shuffled))  # after default
     rows += [Row("parts", "ideal conditions, not guided", SAME, FREE, control=ideal)]
-    return rows + [Row(axis, f"{v:g}", {axis: v}, x=v) for axis in SWEEPS for v in SWEEPS[axis]]
+    return rows + [Row(axis, f"{axis} {v:g}", {axis: v}, x=v)
+                   for axis in SWEEPS for v in SWEEPS[axis]]
 
 
 def fixes_at_every_value(jobs):
