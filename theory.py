@@ -829,7 +829,8 @@ def report(evidence, args, out):
             "Does a claim hold in a toy that meets its assumptions, and on trained models "
             f"({args.n} drawn and at most {args.m} real images of each of {args.classes} classes, "
             f"{args.steps} evaluations a patch, no guidance)? Intervals are 95 % bootstrap ones; S "
-            "is the debiased Sinkhorn divergence. theory.py writes all numbers to theory.json.", 120)
+            "is the debiased Sinkhorn divergence. All numbers: theory.json, which theory.py "
+            "writes.", 120)
         + "\n\n"
         + table(["claim", "toy", *KINDS], short) + "".join(pages))
     given = {k: v for k, v in vars(args).items() if not k.startswith("_")}
