@@ -118,7 +118,7 @@ class Refinement:
                                   "num_iter": self.sampling.get("num_iter")}
         self.maps_depend_on = {**self.targets_depend_on, "stages": self.stages, "reg": self.reg,
                                "lam": [self.lam, getattr(self.inverse_of, "__qualname__", None)],
-                               "n_cal": self.n_cal, "sampling": self.sampling}
+                               "sampling": self.sampling}
 
     def order(self, k):
         """The generation order (N,) of class k."""
@@ -175,15 +175,16 @@ class Refinement:
         if self.coupled:
             return refiner
 
+        most = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
+        n = at_once(self.model, self.sampling, most)
+        if n < most:
+            self.say(f"{n} images calibrate a class, as {most} do not fit in memory")
+
         def calibrate():              # negative seeds: the noise of no image, whatever its --seed
-            most = self.n_cal or min(max(200, 2 * targets.shape[1]), 1000)
-            n = at_once(self.model, self.sampling, most)
-            if n < most:
-                self.say(f"{n} images calibrate a class, as {most} do not fit in memory")
             draw(self.model, torch.full((n,), k), range(k * n, k * n + n), -1 - self.seed,
                  refiner, **self.sampling, order=order.expand(n, -1))
             return refiner.state()
-        return refiner.load(self.kept("maps", self.maps_depend_on, calibrate, k))
+        return refiner.load(self.kept("maps", {**self.maps_depend_on, "n": n}, calibrate, k))
 
     def kept(self, kind, made_for, make, k=None):
         """make(), or what it gave before if the folder holds that, made for the same class k."""
@@ -194,7 +195,7 @@ class Refinement:
 
         copies = 1 if k is None else self.model.cfg.num_classes
         value, self.folder = keep_or_make(self.folder, kind, {**made_for, "class": k}, timed,
-                                  KEEP // copies, self.model.device, self.say)
+                                          KEEP // copies, self.model.device, self.say)
         return value
 
 

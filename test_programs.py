@@ -198,6 +198,18 @@ def test_targets_and_maps_are_kept_and_used_again(tmp_path, monkeypatch):
     assert seeds == [-1], "the one calibration has noise that no image of a --seed has"
 
 
+@slack
+def test_maps_that_fewer_images_calibrated_as_memory_was_short_are_not_taken_for_whole_ones(
+        tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(sample, "at_once", lambda model, sampling, most=500: min(most, 20))
+        short = Counted(tmp_path).refine()
+    assert "20 images calibrate a class, as 40 do not fit" in capsys.readouterr().out
+    again = Counted(tmp_path)
+    assert torch.equal(again.refine(), Counted().refine()) and again.count["draws"] == 1
+    assert not torch.equal(short, Counted().refine())
+
+
 @every("references, drawn", [(20, 200), (300, 600), (600, 1000)])
 def test_a_calibration_draws_two_images_a_reference_within_200_and_1000(references, drawn):
     real = lambda k, m: BANK[0].repeat(20, 1, 1)[:min(m, references)]

@@ -19,7 +19,6 @@ import io
 import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from textwrap import fill
 
 import numpy as np
