@@ -199,7 +199,7 @@ class Judge:
         self.radius = radii(self.some)                      # most of the time
         if real.train_images is not None:
             unseen, self.others = shuffled(real.images).chunk(2)
-            self.seen, self.unseen = thumbnails(real.train_images), thumbnails(unseen)
+            self.seen, self.unseen = (thumbnails(z).to(device) for z in (real.train_images, unseen))
 
     def __call__(self, images, labels=None):
         """Features (n, F) and {metric: value} of images (n, H, W, C) and labels (n,)."""
@@ -231,7 +231,8 @@ class Judge:
         if K:
             values["is"], values["is_std"] = inception_score(logits.double().softmax(1))
         if self.real.train_images is not None:
-            values["copy_ratio"] = copy_ratio(thumbnails(images), self.seen, self.unseen)
+            mine = thumbnails(images).to(self.device)
+            values["copy_ratio"] = copy_ratio(mine, self.seen, self.unseen)
             # Inception's 1008 classes are not those of the labels
             if labels is not None and K == self.real.train_labels.max() + 1:
                 values["accuracy"] = (logits.argmax(1) == labels).double().mean().item()
