@@ -210,6 +210,9 @@ def pick_device(name):
             if not torch.cuda.is_available():
                 raise RuntimeError("this torch sees no CUDA GPU")
             index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+            if index >= torch.cuda.device_count():
+                raise RuntimeError(f"no GPU {index}, there are {torch.cuda.device_count()}: start "
+                                   "as many processes, or use --device cpu")
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
         torch.empty(0, device=device).cpu()              # "meta" holds no numbers
@@ -217,6 +220,14 @@ def pick_device(name):
         why = str(error).splitlines()[0][:150]
         raise ValueError(f"--device {name} cannot be used: {why}") from None
     return device
+
+
+def check_memory(need):
+    """MemoryError if so many bytes are more than this machine has: where a kernel promises any
+    amount, it would kill the process in the middle of taking it."""
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > has:
+        raise MemoryError(f"{need / 1e9:.3g} GB are needed, this machine has {has / 1e9:.3g} GB")
 
 
 def set_threads(model, device, threads=0):

@@ -13,6 +13,7 @@ so that its memory does not grow with them; what it fits is kept in the folder r
 from command import Parser, gather, join, number, pick_device, run, set_threads    # first: signals
 
 import functools
+import importlib.util
 import os
 import time
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from runs import find_checkpoint
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps
 LARGE = 5e7             # parameters from which on a CPU may gain by bf16
+FAST = importlib.util.find_spec("fast")         # a copy of the project may lack it
 
 
 # ---------------------------------------------------------------- one batch, the ideal conditions
@@ -49,7 +51,7 @@ def draw(model, y, index, seed, refine=None, on_condition=None, **options):
 
 def fast_copy(model):
     """What is drawn from: a large model, and any on a GPU, as fast.py makes it; else itself."""
-    if model.device.type == "cpu" and model.num_params < LARGE:
+    if not FAST or model.device.type == "cpu" and model.num_params < LARGE:
         return model
     import fast
     return fast.ready(model)
@@ -209,7 +211,7 @@ def code_digest():
 
 def at_once(model, sampling, most=500):
     """How many images are drawn at once: `most`, or on a GPU what fits."""
-    if model.device.type == "cpu":
+    if not FAST or model.device.type == "cpu":
         return most
     import fast
     return fast.images_at_once(model, sampling, most)

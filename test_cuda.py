@@ -96,6 +96,7 @@ def test_a_process_takes_its_own_gpu_which_becomes_the_current_one(name, local, 
     current, empty = [], torch.empty
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch, "empty", lambda *shape, device: empty(*shape))
     assert pick_device(name) == torch.device("cuda", index) == current[0] and len(current) == 1
@@ -198,12 +199,15 @@ def test_an_evaluation_of_gpt_xl_s_head_takes_6_kernels_a_block_and_few_beside_t
 
 
 @compiler
-def test_compiled_for_cuda_graphs_gpt_xl_s_head_takes_4_kernels_a_block_and_54_in_all():
-    head = fast.low(tiny("gpt-xl", n_embd=80, n_layer=1, head_depth=3)).diffloss.net
-    mods = head.modulations(torch.randn(2, 8, 1536).bfloat16())
-    with torch.no_grad():
-        found = compiled(head.denoise, torch.randn(8, 16), mods).kernels
-    assert found <= 4 * 3 + 6, found                        # and so 54 for 12 blocks; 77 eagerly
+def test_compiled_for_cuda_graphs_gpt_xl_s_head_takes_4_kernels_a_block_and_55_in_all():
+    found = []
+    for depth in (2, 3):
+        head = fast.low(tiny("gpt-xl", n_embd=80, n_layer=1, head_depth=depth)).diffloss.net
+        mods = head.modulations(torch.randn(2, 8, 1536).bfloat16())
+        with torch.no_grad():
+            found.append(compiled(head.denoise, torch.randn(8, 16), mods).kernels)
+    two, three = found                                      # torch 2.11 has one more beside them
+    assert three - two <= 4 and three + 9 * (three - two) <= 55, found          # 77 eagerly
 
 
 @every("name, most", [("gpt-xl", 642), ("mar-b", 320)])
@@ -695,7 +699,7 @@ def test_on_a_gpu_refined_conditions_are_those_of_the_cpu(method):
 
 @gpu
 def test_on_a_gpu_the_vae_and_the_extractors_give_what_the_cpu_gives():
-    from evaluate import Classifier
+    from classifier import Classifier
     from inception import Inception
     from vae import KL16
     torch.manual_seed(0)

@@ -45,8 +45,8 @@ from test_core import MEAN, SOLVERS, STD, clouds, every, randn, relative, tiny, 
 ROOT = Path(__file__).parent
 CORE = ("command", "files", "runs", "data", "diffloss", "model", "ot_refine", "sample", "muon",
         "train", "classifier", "evaluate")
-TESTS = ("test_core", "test_programs")
-OUTER = {f.stem for f in ROOT.glob("*.py") if not f.name.startswith("test_")} - {*CORE}
+TESTS = ("conftest", "test_core", "test_programs")
+OUTER = {f.stem for f in ROOT.glob("*.py") if not f.name.startswith("test_")} - {*CORE, *TESTS}
 
 
 # ================================================================ runs, and processes
@@ -650,7 +650,6 @@ def test_a_checkpoint_with_a_field_too_many_and_one_too_few_loads_as_it_was(run,
     assert all(torch.equal(a, b) for a, b in zip(old.parameters(), new.parameters()))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_a_gpu_that_is_not_there_is_one_line(run):
     refused("this torch sees no CUDA GPU", sample, "--ckpt", run, "--device", "cuda")
 

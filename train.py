@@ -11,7 +11,8 @@ processes equal one (but for dropout's masks, which follow from the process).
 It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, loss.png.
 """
 # first: it answers signals
-from command import Parser, World, number, on_signal, parse_settings, run, set_threads
+from command import (Parser, World, check_memory, number, on_signal, parse_settings, run,
+                     set_threads)
 
 import copy
 import math
@@ -301,8 +302,11 @@ def main():
     args.check_used("steps", "lr", "seed", "eval_every", "out_dir", "checkpoint_blocks",
                     "compile" if world.device.type == "cuda" else "threads")
 
-    torch.manual_seed(args.seed)                         # the same weights on every rank
-    with torch.device("meta" if args.dry_run else "cpu"):
+    with torch.device("meta"):
+        model = build(cfg)
+    if not args.dry_run:
+        check_memory(4 * model.num_params)
+        torch.manual_seed(args.seed)                     # the same weights on every rank
         model = build(cfg)
     model.diffloss.x0_bound = dataset.x0_bound
     if start and not args.dry_run:
