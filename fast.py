@@ -4,7 +4,7 @@ compiled, or in less memory.
     ready(model)             what sample.py draws from on a GPU, or on a CPU with bf16 if the model
                              is large
     images_at_once(model)    how many of them on a GPU
-    compiled(model)          what train.py --compile trains
+    compiled(model)          what train.py trains on CUDA, if it is large
     checkpoint_blocks(model) train.py --checkpoint_blocks
 
 Nothing here belongs to the method. Weights are rounded to bf16 once, so that nothing is cast on the
@@ -300,7 +300,7 @@ def compiled(ddp):
         except Exception as error:                       # of Dynamo, Inductor, Triton, a compiler
             if len(ways) == 1:
                 raise
-            print(f"--compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            print(f"torch.compile is off: {(str(error).splitlines() or [type(error).__name__])[0]}")
             del ways[0]
             return ddp(*args)
     call.no_sync = getattr(ddp, "no_sync", contextlib.nullcontext)

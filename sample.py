@@ -36,7 +36,7 @@ from runs import find_checkpoint
 
 SPREAD = 512            # reference images that the directions of transport are taken from
 KEEP = 2 ** 30          # bytes of targets, or maps, of all classes together that a run folder keeps
-LARGE = 5e7             # parameters from which on a CPU may gain by bf16
+LARGE = 5e7             # parameters from which a CPU may gain by bf16, a GPU by torch.compile
 FAST = importlib.util.find_spec("fast")         # a copy of the project may lack it
 
 

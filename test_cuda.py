@@ -10,6 +10,7 @@ import functools
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
 
 import pytest
@@ -484,6 +485,17 @@ def test_the_loss_compiles_without_graph_breaks_and_is_not_compiled_again(name, 
     assert counters["stats"]["unique_graphs"] <= graphs, counters["stats"]
 
 
+@every("flags, device, size, compiles", [
+    ([], CUDA, 6e7, True), ([], CUDA, 5e5, False), ([], torch.device("cpu"), 6e7, False),
+    (["--compile"], CUDA, 5e5, True), (["--no-compile"], CUDA, 6e7, False)])
+def test_large_models_are_compiled_on_cuda_unless_the_flags_say_otherwise(
+        flags, device, size, compiles, monkeypatch):
+    monkeypatch.setattr(fast, "compiled", lambda model: "compiled")
+    model, world = SimpleNamespace(num_params=size), SimpleNamespace(size=1, device=device)
+    found = train.parallel(model, train.parse_args(flags), world)
+    assert found == "compiled" if compiles else found is model
+
+
 def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(monkeypatch, capsys):
     def broken(fn):
         def call(*args):
@@ -493,7 +505,7 @@ def test_where_compiling_fails_training_goes_on_eagerly_after_one_line(monkeypat
     fn = fast.compiled(lambda x: x + 1)
     assert fn(1) == 2 and fn(2) == 3
     said = capsys.readouterr().out.splitlines()
-    assert said == ["--compile is off: Cannot find a working triton installation"]
+    assert said == ["torch.compile is off: Cannot find a working triton installation"]
 
 
 def test_muon_in_bf16_gives_nearly_the_step_of_fp32():

@@ -14,6 +14,7 @@ It leaves in --out_dir: ckpt.pt, metrics.jsonl, samples.png and, after a step, l
 from command import (Parser, World, check_memory, number, on_signal, parse_settings, run,
                      set_threads)
 
+import argparse
 import copy
 import math
 import sys
@@ -35,7 +36,7 @@ from files import write_png
 from model import GUIDANCE, PRESETS, Config, build, preset
 from muon import Muon
 from runs import Folder, lock, plot_loss, settings_of
-from sample import draw
+from sample import FAST, LARGE, draw
 
 # Rarely set: these and the fields of model.Config, by --set NAME=VALUE. See also DATASETS.
 SETTINGS = dict(
@@ -82,8 +83,9 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--threads", type=number(int, 0, 1024), default=0,
         help="CPU threads; 0: one for small models, else all")
-    add("--compile", action="store_true", help="CUDA: train faster, after minutes of torch.compile")
-    add("--checkpoint_blocks", action="store_true", 
+    add("--compile", action=argparse.BooleanOptionalAction,
+        help="CUDA: train faster, after a minute or two (default: from 50M parameters on)")
+    add("--checkpoint_blocks", action="store_true",
         help="compute activations again in the backward pass: less memory, exact, a third slower")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE",
         help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
@@ -200,14 +202,16 @@ def heldout_loss(ema, dataset, args, device, batch=128):
 
 
 def parallel(model, args, world):
-    """What computes the loss: the model itself; if the flags say so in DDP, compiled."""
+    """What computes the loss: the model itself; of many processes in DDP; on CUDA compiled, if
+    the flags say so or it is large."""
+    large = FAST and world.device.type == "cuda" and model.num_params > LARGE
     if args.checkpoint_blocks:
         import fast
         fast.checkpoint_blocks(model)
     if world.size > 1:
         own = [world.device.index] if world.device.type == "cuda" else None
         model = DDP(model, own, gradient_as_bucket_view=True)
-    if args.compile:
+    if large if args.compile is None else args.compile:
         import fast
         model = fast.compiled(model)
     return model
