@@ -195,10 +195,10 @@ class Judge:
     def __init__(self, space, real, device="cpu"):
         self.space, self.real, self.device = space, real, device
         self.x, self.logits = extract(space, real.images, device)
-        self.gaussian, self.some = gaussian(self.x), shuffled(self.x)[:MAX_REAL].to(device)
-        self.radius = radii(self.some)                      # most of the time
+        self.gaussian, self.points = gaussian(self.x), shuffled(self.x)[:MAX_REAL].to(device)
+        self.radius = radii(self.points)                      # most of the time
         if real.train_images is not None:
-            unseen, self.others = shuffled(real.images).chunk(2)
+            unseen, self.others = shuffled(real.images).chunk(2)     # the others: for `floor`
             self.seen, self.unseen = (thumbnails(z).to(device) for z in (real.train_images, unseen))
 
     def __call__(self, images, labels=None):
@@ -221,7 +221,7 @@ class Judge:
         fid = frechet_distance(*gaussian(x), *self.gaussian)
         x, y = x.to(self.device), self.x.to(self.device)
         (mean, std), w2 = kid(x, y), sliced_w2(x, y)
-        precision, recall = precision_recall(self.some, x, self.radius)
+        precision, recall = precision_recall(self.points, x, self.radius)
         return {"fid": fid, "kid": mean, "kid_std": std, "sliced_w2": w2, "precision": precision,
                 "recall": recall}
 

@@ -141,8 +141,9 @@ def rope_2d(grid, head_dim):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x[2j], x[2j+1]) of x (..., T, head_dim) by tables (T, head_dim) of rope_2d:
-    without complex numbers, which torch.compile cannot fuse."""
+    """Turn the pairs (a, b) = (x[2j], x[2j+1]) of x (..., T, head_dim) by tables (T, head_dim) of
+    rope_2d, to (a cos - b sin, b cos + a sin): without complex numbers, which torch.compile cannot
+    fuse."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
 

@@ -81,7 +81,8 @@ def ideal_conditions(model, x, k, order, num_iter=None, batch=256):
 
 @dataclass(eq=False)
 class Refinement:
-    """How conditions are refined: `refiner(k)` is the Refiner of class k, fitted if it is frozen.
+    """How the conditions of all classes are refined: `refiner(k)` is the Refiner of class k, with
+    maps fitted if they are frozen; that is the refine(i, c, y) which `generate` calls.
 
     sampling: how images are drawn (options of `generate`), with which frozen maps are calibrated.
     origin: digests of what targets depend on beside the settings here ({"weights": ...}).
@@ -275,7 +276,8 @@ def parse_args(argv=None):
     add("--temperature", type=number(float, 0, 100), default=1.0, help="of the noise")
     add("--num_iter", type=number(int, 1), help="mar: AR steps (default: one per token)")
     add("--order", choices=("random", "raster"),
-        help="mar: one generation order a class (default: one an image; refined: random)")
+        help="mar: draw all images of a class in one order (default: each in its own; refined: "
+             "random)")
     add("--cfg_scale", type=number(float, 0, 1000), default=GUIDANCE,
         help="classifier-free guidance: fidelity for variety; 1 = off")
     add("--cfg_schedule", choices=("constant", "linear"),

@@ -91,6 +91,7 @@ def parse_args(argv=None):
         help="any other setting of train.SETTINGS or model.Config, such as dropout=0")
     add("--dry-run", action="store_true", help="print what the run would take, and stop")
 
+    # data set and model decide the defaults of other flags: these two are read first
     argv = sys.argv[1:] if argv is None else argv
     early, _ = p.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     which = DATASETS[early.dataset]
