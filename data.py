@@ -1,9 +1,9 @@
 """Data sets as images with labels, and their order.
 
 A data set has `train` and `heldout`, each with len(), of_class(y, m) and batch(indices, key) ->
-images (B, ch, H, W) in [-1, 1] (or scaled latents), labels (B,). Nothing is random at run time: an
-epoch's order follows from (seed, epoch), so that any step can be resumed, by any number of
-processes.
+images (B, ch, H, W) in [-1, 1] (or scaled latents, drawn by the key), labels (B,). Nothing is
+random at run time: an epoch's order follows from (seed, epoch), so that any step can be resumed, by
+any number of processes.
 
 digits    2880 handwritten digits (assets/digits.npz; E. Alpaydin, C. Kaynak 1998, UCI Machine
           Learning Repository, https://doi.org/10.24432/C50P49, CC BY 4.0), grey, 16x16 or 32x32

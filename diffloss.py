@@ -27,7 +27,7 @@ T_TRAIN = 1000                                   # diffusion steps in training
 # ---------------------------------------------------------------- the network
 
 class TimeEmbedding(nn.Module):
-    """Diffusion step t (M,) -> (M, width): 128 cosines and 128 sines through a two-layer MLP."""
+    """Diffusion step t (...) -> (..., width): 128 cosines and 128 sines through a two-layer MLP."""
 
     def __init__(self, width):
         super().__init__()
@@ -185,6 +185,7 @@ def logsnr_steps(steps):
 # run(denoise, noise, steps, temperature=1.0, callback=None) -> x0 (..., D)
 #   denoise(x_t, t: int) -> x0 (..., D) within its bound, variance fraction v (..., D)
 #   noise (n_noise, ..., D): noise[0] starts the trajectory, noise[j] follows the j-th evaluation
+#   (after ddpm's last there is none: its last tensor is not read)
 #   temperature multiplies the fresh noise or, where there is none, the initial one
 #   callback(t, x_t, x0) is called after each evaluation
 # A small head costs no more than this arithmetic: few operations, and float(), as torch would make
@@ -275,7 +276,8 @@ class DiffLoss(nn.Module):
     def __init__(self, net):
         super().__init__()
         self.net, self.x0_bound = net, None
-        for name, table in vars(self.schedule).items():                  # alpha, sigma ... in fp32
+        # self.alpha, self.sigma ...: the tables of the schedule in fp32, on the model's device
+        for name, table in vars(self.schedule).items():
             self.register_buffer(name, torch.tensor(table, dtype=torch.float32), persistent=False)
 
     def noised(self, x, t, eps):

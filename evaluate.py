@@ -47,8 +47,8 @@ def gaussian(x):
 def frechet_distance(mu1, S1, mu2, S2):
     """W2^2 of two Gaussians: |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). (F,), (F, F).
 
-    The last trace is the nuclear norm of S1^(1/2) S2^(1/2). The usual eigenvalues of R S2 R turn
-    rounding of 1e-16 into 1e-8 in each null direction; so it is 1e-12, and exactly symmetric.
+    The last trace is the nuclear norm of S1^(1/2) S2^(1/2): off by 1e-12 and symmetric, where the
+    usual one, by eigenvalues of S1^(1/2) S2 S1^(1/2), is off by 1e-8 in each null direction.
     """
     mu1, S1, mu2, S2 = (torch.as_tensor(a).double() for a in (mu1, S1, mu2, S2))
     cross = torch.linalg.svdvals(sqrtm(S1) @ sqrtm(S2)).sum()
@@ -211,6 +211,7 @@ class Judge:
         they show: of real images that nobody was trained on."""
         order = shuffled(torch.arange(len(self.seen)))
         labels = self.real.train_labels[order]
+        # the first of each class, then the second of each, and so on
         place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]
         some = self.real.train_images[order[place.argsort(stable=True)][:n]]
         values = self.distances(extract(self.space, some, self.device)[0])

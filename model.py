@@ -162,13 +162,12 @@ class CausalBlock(nn.Module):
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, h, cos, sin, cache=None, at=0):
-        """h (B, T, C). cache = keys, values (B, H, N, head_dim): T new ones are written at `at`."""
+        """h (B, T, C). cache = keys, values (B, H, N, head_dim); then T is 1, its place `at`."""
         qkv = self.qkv(self.norm1(h)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         (q, k), v = rotate(qkv[:2], cos, sin), qkv[2]                        # (B, H, T, head_dim)
         if cache is not None:
-            end = at + h.shape[1]
-            cache[0][:, :, at:end], cache[1][:, :, at:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+            cache[0][:, :, at:at + 1], cache[1][:, :, at:at + 1] = k, v
+            k, v = cache[0][:, :, :at + 1], cache[1][:, :, :at + 1]
         # no dropout of attention weights, as in LlamaGen
         a = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
         h = h + self.drop(self.proj(a.transpose(1, 2).flatten(2)))
@@ -303,7 +302,8 @@ class AR(Generator):
 
 def load_model(path, device="cpu"):
     """(model in eval mode, checkpoint dict); ValueError if the weights do not fit. A field of
-    Config that the file lacks takes its default, one that Config lacks goes with its weights."""
+    Config that the file lacks takes its default; one that Config lacks is dropped, its weights too.
+    """
     state = read_checkpoint(path)
     known = {f.name for f in fields(Config)}
     try:

@@ -59,9 +59,13 @@ def sinkhorn(cost, reg, g=None, n_iter=100, tol=0.05):
         if k % 10 == 0 and ((before - g).exp() - 1).abs().mean() < tol:
             break
     else:
-        warnings.warn(f"Sinkhorn stopped after n_iter={n_iter}, its marginals not yet met to "
-                      f"{tol:.0e}: raise reg", RuntimeWarning, stacklevel=2)
+        warn(n_iter, tol)
     return reg * softmin(cost, g), reg * g
+
+
+def warn(n_iter, tol):
+    warnings.warn(f"Sinkhorn stopped after n_iter={n_iter}, its marginals not yet met to "
+                  f"{tol:.0e}: raise reg", RuntimeWarning, stacklevel=3)
 
 
 def sinkhorn_self(cost, reg, n_iter=50, tol=0.05):
@@ -77,6 +81,8 @@ def sinkhorn_self(cost, reg, n_iter=50, tol=0.05):
         if k % 5 == 0 and (mass - 1).abs().mean() < tol:
             break
         u = u / mass.sqrt()
+    else:
+        warn(n_iter, tol)
     return reg * u.log()
 
 
@@ -139,8 +145,9 @@ class Sinkhorn:
     def __call__(self, z):
         """T(z) (B, C) of any z (B, C), each on its own: z joins the cloud, with a weight u.
 
-        Its plan has e_l u / (n + 1) on c_l and u^2 / (n + 1) on z itself; these sum to 1. Far from
-        the cloud the last sum is z. Left out of it, z would keep its whole offset from the cloud.
+        Its row in the plan of cloud and z has e_l u / (n + 1) on c_l, u^2 / (n + 1) on z itself;
+        they sum to 1. Far from the cloud the last sum is z. Left out of it, z would keep its whole
+        offset from the cloud.
         """
         n, e = len(self.cloud), ((self.h - sq_cost(z, self.cloud)) / self.reg).exp()
         total = e.sum(1, keepdim=True)
@@ -174,12 +181,12 @@ class Gaussian:
     def fit(cls, c, target, reg=None):
         """By the means and shrunk covariances of c (n, C) and target (m, C), in float64."""
         x, y = c.double() - c.double().mean(0), target.double() - target.double().mean(0)
-        S, R, n, m = x.T @ x, y.T @ y, len(x), len(y)
-        both = (S + R) / max(n + m - 2, 1)
+        xx, yy, n, m = x.T @ x, y.T @ y, len(x), len(y)
+        both = (xx + yy) / max(n + m - 2, 1)
         both.diagonal().add_(both.diagonal().mean() * 1e-3 + 1e-30)        # invertible at any n, m
-        root = sqrtm(shrunk(S, n, both))
+        root = sqrtm(shrunk(xx, n, both))                                  # S^(1/2)
         inverse = torch.linalg.inv(root)
-        A = inverse @ sqrtm(root @ shrunk(R, m, both) @ root) @ inverse
+        A = inverse @ sqrtm(root @ shrunk(yy, m, both) @ root) @ inverse
         return cls(c.mean(0), A.to(c.dtype), target.mean(0))
 
     def __call__(self, z):
@@ -248,7 +255,7 @@ def check_maps(stages, lam=0.0, inverse=None):
 
 
 def principal_axes(targets, rank):
-    """The `rank` leading axes of each place's targets (N, M, C) -> (N, C, rank), in float64.
+    """The `rank` leading axes of each row of targets (N, M, C) -> (N, C, rank), in float64.
 
     CHOICE(space): transport in a quarter of the directions, the same for all classes: as good as
     all, cheaper, and a class does not depend on which others are drawn. Alternative: all of them,
@@ -266,9 +273,9 @@ class Refiner:
     axes (N, C, r); targets (N, m, r), in these axes; the rest of a condition stays as it is. reg:
     see Sinkhorn.fit. For lam > 0 inverse(i, c) -> a (n, C) is T^-1(x_hat(c)): the paper's name for
     the condition that a patch reveals, not the inverse of the map T.
-    CHOICE(coupling): at first each map is fitted on the very conditions that it moves: the literal,
-    coupled Algorithm 1. The maps are kept; a Refiner that has loaded such (`load`) applies them, so
-    that every image is refined on its own. Flag: --coupled.
+    CHOICE(coupling): each map is fitted on the very conditions that it moves: the literal, coupled
+    Algorithm 1. The maps are kept; a Refiner that has loaded those of an earlier draw (`load`), its
+    calibration, is frozen: it applies them, each condition on its own. Flag: --coupled.
     """
 
     def __init__(self, axes, targets, stages=stages_of(), reg=0.2, lam=0.0, inverse=None):

@@ -81,8 +81,9 @@ def ideal_conditions(model, x, k, order, num_iter=None, batch=256):
 
 @dataclass(eq=False)
 class Refinement:
-    """How the conditions of all classes are refined: `refiner(k)` is the Refiner of class k, with
-    maps fitted if they are frozen; that is the refine(i, c, y) which `generate` calls.
+    """How the conditions of all classes are refined: `refiner(k)` is the Refiner of class k, the
+    refine(i, c, y) which `generate` calls. Frozen maps are those that coupled refinement fitted
+    while it drew n_cal images of the class: its calibration.
 
     sampling: how images are drawn (options of `generate`), with which frozen maps are calibrated.
     origin: digests of what targets depend on beside the settings here ({"weights": ...}).
@@ -131,7 +132,8 @@ class Refinement:
 
     def groups(self, labels, size):
         """(n,): images of labels (n,) with the same number share a map, and depend on each other if
-        it is coupled: those of a class. size: of a batch, at most. many.Shared has others."""
+        it is coupled: those of a class. many.Shared has others, which follow from `size`, how
+        many are drawn at once."""
         return labels.unique(return_inverse=True)[1]
 
     def for_group(self, y):
@@ -139,7 +141,7 @@ class Refinement:
         return self.refiner(y[0].item())
 
     def conditions(self, k, m):
-        """Whole ideal conditions (N, m, C) of class k by place."""
+        """Ideal conditions (N, m, C) of class k by place."""
         x = self.tokens_of(k, m)
         if len(x) == 0:
             raise ValueError(f"class {k} has no reference image: refinement needs one, better 100")
@@ -147,7 +149,7 @@ class Refinement:
 
     @functools.cached_property
     def axes(self):
-        """Directions of transport (N, C, r) of each position, shared by all classes."""
+        """Directions of transport (N, C, r), by raster position, shared by all classes."""
         def make():
             n = self.model.cfg.num_classes
             some = range(0, n, -(-n // SPREAD))
@@ -290,7 +292,7 @@ def parse_args(argv=None):
     add("--coupled", action="store_true",
         help="with --refine: plans between the images of a batch, the literal algorithm; else maps "
              "that are calibrated once")
-    add("--K", type=number(int, 1), default=2, help="with --refine: JKO steps a place")
+    add("--K", type=number(int, 1), default=2, help="with --refine: Sinkhorn steps a place")
     add("--eta", type=number(float, 1e-6, 1e6), default=2.0,
         help="with --refine: step size; larger: more fidelity, less variety")
     add("--m", type=number(int, 1), default=500, help="with --refine: reference images a class")
@@ -333,22 +335,23 @@ def refinement_flags(args, job, data_dir):
     order = args.order if job.model.cfg.kind == "mar" else None
     if args.refine == "none" and not order:
         return None
-    tokens = lambda k, m: tokens_of(job.dataset())(k, m)
-    make = functools.partial(Refinement, job.model, tokens, job.sampling,
-                             orders="raster" if order == "raster" else "class")
-    if args.refine == "none":                            # an order alone: conditions stay
-        return make(method="none")
-    if job.state["data"].get("cache_dir"):
-        job.dataset()                        # are the latents in the cache those of the images?
-    given = {"m": args.m, "folder": job.path.parent / "refine",
-             "origin": {"weights": weights_digest(job.model),
-                        "references": datasets.digest(job.state["data"], data_dir)}}
+    how = {"method": args.refine, "orders": "raster" if order == "raster" else "class"}
+    if args.refine != "none":                            # else an order alone: conditions stay
+        if job.state["data"].get("cache_dir"):
+            job.dataset()                    # are the latents in the cache those of the images?
+        references = datasets.digest(job.state["data"], data_dir)
+        how |= {"m": args.m, "folder": job.path.parent / "refine",
+                "origin": {"weights": weights_digest(job.model), "references": references}}
+    if args.refine not in ("none", "shared"):
+        how["coupled"] = args.coupled
+        if args.refine != "gaussian":
+            how |= {"K": args.K, "eta": args.eta}
+    make = Refinement
     if args.refine == "shared":
         import many
-        return many.Shared(*make.args, **make.keywords, **given)
-    if args.refine != "gaussian":
-        given |= {"K": args.K, "eta": args.eta}
-    return make(args.refine, coupled=args.coupled, **given)
+        make = many.Shared
+    tokens = lambda k, m: tokens_of(job.dataset())(k, m)        # read when first asked for
+    return make(job.model, tokens, job.sampling, **how)
 
 
 def sampling_flags(args, model):
