@@ -288,24 +288,26 @@ class Refiner:
         if not self.stages:
             return c
         with exact(c.device):
-            full, axes, maps = c.to(self.axes.dtype), self.axes[i], self.maps.get(i, [])
+            full, axes = c.to(self.axes.dtype), self.axes[i]
             z = low = full @ axes                                              # (n, r)
             lift = lambda z: torch.addmm(full, z - low, axes.T)                # back to (n, C)
             if not self.frozen:
-                maps = self.maps[i] = []                           # a map for each stage, to come
+                self.maps[i] = []                                  # one for each stage, to come
                 if not z.isfinite().all():
                     raise ValueError(f"conditions at place {i} are not finite: is the checkpoint "
                                      "damaged?")
 
             for k, (name, eta) in enumerate(self.stages):                      # Alg. 1 line 3
                 a = self.inverse(i, lift(z)) @ axes if self.lam > 0 else 0.0   # lines 4-6
-                if self.frozen:
-                    to = maps[k](z)
-                else:
-                    maps.append(T := MAPS[name].fit(z, self.targets[i], self.reg))  # line 7
-                    to = getattr(T, "own", T)(z)
+                to = self.maps[i][k](z) if self.frozen else self.fitted(name, i, z)  # line 7
                 z = jko_step(z, to, eta, self.lam, a)                          # line 8
             return lift(z).to(c.dtype)
+
+    def fitted(self, name, i, z):
+        """T(z) of a map that is fitted on z (n, r) itself, and kept."""
+        T = MAPS[name].fit(z, self.targets[i], self.reg)
+        self.maps[i].append(T)
+        return getattr(T, "own", T)(z)
 
     def state(self):
         """{place: [{name: tensor} of each stage's map]}: what frozen mode needs, to be saved."""
