@@ -555,22 +555,38 @@ def save(fig, path):
 
 
 def plot_bars(path, bars, floor):
-    """Frechet distance of each row in the three spaces, and beside it the other numbers."""
+    """Frechet distance of each row in the three spaces, up to four times that of the first, and
+    beside it the other numbers; a row that differs by its refinement alone lies, darker, on the one
+    that it refines."""
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.27 * len(bars)), layout="constrained",
+    rows = {}
+    for name, v in bars:
+        plain = "none" if name == "refined" else name.replace(", refined", "")
+        rows.setdefault(plain, []).append((v, plain != name))
+    fig, axes = plt.subplots(1, 3, figsize=(11, 1.4 + 0.3 * len(rows)), layout="constrained",
                              sharey=True)
-    names, values = zip(*bars)
     for ax, (space, prefix) in zip(axes, SPACES.items()):
         key = f"{prefix}fid"
-        ax.barh(names, [v[key] for v in values], xerr=[v.get(f"{key}_std", 0) for v in values],
-                height=0.7, alpha=0.5, error_kw={"elinewidth": 1})
+        most = min(1.05 * max(v[key] for _, v in bars), 4 * bars[0][1][key])
+        for at, found in enumerate(rows.values()):
+            for v, refined in found:
+                ax.barh(at, v[key], xerr=v.get(f"{key}_std", 0), height=0.4 if refined else 0.8,
+                        color="C0", alpha=0.9 if refined else 0.4, error_kw={"elinewidth": 1})
+                if v[key] > most:
+                    ax.text(0.97 * most, at, f"{v[key]:.3g}", va="center", ha="right")
         ax.axvline(floor[key], color="black", linestyle="--")
-        ax.set_xlabel(f"FD, {space}")
-    numbers = [[f"{v[k]:.3g}" for k in ("accuracy", "precision", "recall")] for v in values]
-    for k, cells in enumerate([("accuracy", "prec.", "recall"), *numbers]):
-        ax.text(1.02, k - 1, "".join(f"{cell:>9}" for cell in cells), family="monospace",
-                fontsize=8, va="center", transform=ax.get_yaxis_transform())
-    ax.set_ylim(len(bars) - 0.5, -1.5)
+        ax.set(xlabel=f"FD, {space}", xlim=(0, most))
+    ax.set_yticks(range(len(rows)), rows)
+    cells = [[" > ".join(f"{v[k]:.3f}"[1:] for v, _ in found) for k in ("accuracy", "precision",
+                                                                       "recall")]
+             for found in rows.values()]
+    width = 2 + max(len(c) for c in (*cells[0], "precision"))
+    for at, line in enumerate([("accuracy", "precision", "recall"), *cells], start=-1):
+        ax.text(1.02, at, "".join(f"{cell:>{width}}" for cell in line), family="monospace",
+                fontsize=7, va="center", transform=ax.get_yaxis_transform())
+    if len(bars) > len(rows):
+        axes[0].text(0.02, -1, "dark: refined", transform=axes[0].get_yaxis_transform())
+    ax.set_ylim(len(rows) - 0.5, -1.5)
     save(fig, path)
 
 
