@@ -133,13 +133,16 @@ def would_a_cheaper_fix_do(jobs, chosen=()):
 
 
 def does_it_fade(jobs):
-    """Does it fade as models get better? Every run of --ar."""
-    rows = []
-    for name, job in jobs.items():
-        steps, size = job.state["step"], f"{job.model.num_params / 1e6:.2f}M"
-        rows += [Row("steps of training", f"{job.about}, {line}", refine, model=name, x=steps,
-                     line=f"{size}, {line}") for line, refine in BOTH.items()
-                 if job.model.cfg.kind == "ar"]
+    """Does it fade as models get better? Every run of --ar: those that took the steps of the first
+    by their size, the first and the others by their steps."""
+    rows, runs = [], [(name, job, job.state["step"], job.model.num_params)
+                      for name, job in jobs.items() if job.model.cfg.kind == "ar"]
+    for name, job, steps, size in runs:
+        axes = {"million parameters": size / 1e6} if steps == runs[0][2] else {}
+        if size == runs[0][3] or not axes:
+            axes["steps of training"] = steps
+        rows += [Row(axis, f"{job.about}, {line}", refine, model=name, x=x, line=line)
+                 for axis, x in axes.items() for line, refine in BOTH.items()]
     return rows
 
 
