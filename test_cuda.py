@@ -103,6 +103,14 @@ def test_a_process_takes_its_own_gpu_which_becomes_the_current_one(name, local, 
     assert pick_device(name) == torch.device("cuda", index) == current[0] and len(current) == 1
 
 
+def test_a_process_without_a_gpu_of_its_own_says_how_many_there_are(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="no GPU 1, there are 1: start as many processes, or use"):
+        pick_device("cuda")
+
+
 @every("native", [False, True])
 def test_bf16_is_used_where_the_gpu_has_it_and_not_where_it_is_emulated(native, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported",
@@ -244,6 +252,14 @@ def test_a_training_pass_takes_few_kernels(name, most):
     with counted() as watch, cuda_rules():
         model.loss(real(0, 8), torch.arange(8), draws).sum().backward()
     assert watch.kernels <= most, watch.kernels
+
+
+def test_cores_that_round_products_of_some_shapes_alone_keep_their_exact_ones(monkeypatch):
+    monkeypatch.setattr(fast, "cpu_flags", lambda: "flags : fpu amx_bf16 amx_tile")
+    with settings_kept():
+        torch.set_float32_matmul_precision("highest")
+        fast.exact_products()
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 @every("device_rounds", [False, True])
