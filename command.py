@@ -8,6 +8,7 @@ from then on a signal is answered, while torch takes its seconds.
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import io
 import os
 import re
@@ -240,7 +241,7 @@ def set_threads(model, device, threads=0):
     if torch.device(device).type == "cpu":
         if threads or model.num_params < 5e6:
             torch.set_num_threads(threads or 1)
-        if model.num_params > 5e6:
+        if model.num_params > 5e6 and importlib.util.find_spec("fast"):
             import fast
             fast.exact_products()
 

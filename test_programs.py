@@ -925,6 +925,11 @@ def test_without_the_outer_files_a_copy_trains_samples_measures_and_tests_itself
                                               "this project, or a package of requirements.txt, is "
                                               "missing\n")
     assert (copied.folder / "out" / "sample-default.png").exists()
+    large = ("import command, types; command.set_threads(types.SimpleNamespace(num_params=6e6), "
+             "'cpu')")
+    p = subprocess.run([sys.executable, "-c", large], cwd=copied.folder, text=True,
+                       capture_output=True, env={**os.environ, "PYTHONPATH": ""})
+    assert p.returncode == 0, p.stderr
 
 
 
