@@ -18,6 +18,7 @@ import inspect
 import io
 import json
 import math
+import re
 import sys
 import time
 from dataclasses import MISSING, fields
@@ -160,12 +161,14 @@ def how_many_images(jobs):
             "calibration images": (100, 1000, 200, 500, 50, 2000),
             "targets": (10, 100, 25, 1000, 5000)}
     at_once, calibrate, targets = axes
-    rows = [Row(axis, "none", x=v, line="none") for axis in axes for v in sorted(axes[axis])[::4]]
-    for name, refine in (("coupled", dict(coupled=True)), ("shared", SHARED),
-                         ("shared, 200 references", SHARED | dict(m=200)),
-                         ("shared, 50 references", SHARED | dict(m=50))):
+    rows = [Row(axis, "none", x=v, line="none") for axis in axes
+            for v in (min(axes[axis]), max(axes[axis]))]
+    for name, refine, values in (("coupled", dict(coupled=True), (50, 20, 250, 100, 500)),
+                                 ("shared", SHARED, axes[at_once]),
+                                 ("shared, 200 references", SHARED | dict(m=200), (50, 20, 5)),
+                                 ("shared, 50 references", SHARED | dict(m=50), (50, 20, 5))):
         rows += [Row(at_once, f"{name}, {v} at once", refine, x=v, at_once=v, line=name)
-                 for v in axes[at_once] if v <= 50 or "references" not in name]
+                 for v in values]
     rows += [Row(calibrate, f"{v} calibrate", dict(n_cal=v), x=v) for v in axes[calibrate]]
     return rows + [Row(targets, f"{v} targets", dict(m=v, n_cal=1000), x=v) for v in axes[targets]]
 
@@ -521,11 +524,14 @@ def write_csv(path, table, floor, n):
                                 "x": row.x, "seeds": seeds, "n": n}
     lines = [about(Row("real", "training images", model=""), 1) | floor]
     lines += [about(row, seeds) | values for row, values, seeds in table]
+    # deviations of what is itself a detail or a cost would be a third of the file
+    lines = [{k: v for k, v in line.items() if not re.match("(class|images|calibration).*_std", k)}
+             for line in lines]
     text = io.StringIO()
     out = csv.DictWriter(text, dict.fromkeys(k for line in lines for k in line), restval="",
                          lineterminator="\n")
     out.writeheader()
-    out.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in line.items()}
+    out.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()}
                   for line in lines)
     write_text(path, text.getvalue())
 
@@ -548,12 +554,12 @@ def plot_all(out, question, table, floor):
 
 
 def save(fig, path):
-    """As a png of 64 colours, small enough for a README."""
+    """As a png of 32 colours, small enough for a README."""
     buffer = io.BytesIO()
     fig.savefig(buffer, dpi=80)
     fig.clear()
     picture = Image.open(buffer).convert("RGB").quantize(
-        64, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)     # keeps rare colours
+        32, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)     # keeps rare colours
     write_png(path, picture)
 
 
@@ -610,14 +616,20 @@ def plot_curves(path, panels, floor):
             ax.set_xscale("log" if ticks[0] > 0 and ticks[-1] >= 4 * ticks[0] else "linear")
             shown = ticks if axis != SPEED else [
                 x for x in (1, 2, 5, 10, 20, 50, 100, 200, 500) if ticks[0] <= x <= ticks[-1]]
-            ax.set_xticks(shown, [f"{x:g}" for x in shown], fontsize=7)
+            ax.set_xticks(shown, [f"{x:{'g' if x > 99 else '.2g'}}" for x in shown], fontsize=7)
             ax.xaxis.minorticks_off()
             ax.axhline(floor[key], color="black", linestyle=":", label="real images")
             values = [p[key] for points in lines.values() for _, p in points]
             log = max(values) > 5 * min(values)
             ax.set(xlabel=axis, ylabel=f"FD, {space}", yscale="log" if log else "linear")
             ax.set_ylim(None if log else 0)
-    rows[0, 0].legend(fontsize=7)
+            if log:
+                low, high = ax.get_ylim()
+                marks = (m * 10.0 ** e for e in range(-3, 3) for m in (1, 2, 5))
+                ax.set_yticks([m for m in marks if low <= m <= high])
+                ax.yaxis.set_major_formatter("{x:g}")
+                ax.yaxis.minorticks_off()
+        axes[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, path)
 
 

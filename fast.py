@@ -153,8 +153,8 @@ def images_at_once(model, sampling, most=500):
 # ---------------------------------------------------------------- CUDA graphs
 
 def graphed(model):
-    """The same model, whose head draws a trajectory as one CUDA graph; of ar, each step of the
-    transformer is one, too. Weights may change in place, but not move."""
+    """The same model, whose head draws a trajectory as one CUDA graph; each step of the transformer
+    is one, too. Weights may change in place, but not move."""
     head, graphs = model.diffloss, Graphs(next(model.parameters()).device)
     sample, fused = head.sample, fusion(head)
     look_ahead(model, 4096)                     # eight steps at batch 256
@@ -184,6 +184,14 @@ def graphed(model):
 
         model.empty_cache = cache
         model.next_condition = lambda i, h, caches: graphs(i, lambda h: step(i, h, caches), [h])
+    if model.cfg.kind == "mar":
+        step = model.next_condition
+
+        def conditions(x, known, pos, y, guided):
+            both = lambda *z: torch.cat([c for c in step(*z, guided) if c is not None])
+            c = graphs(guided, both, [x, known, pos, y])
+            return c.chunk(2) if guided else (c, None)
+        model.next_condition = conditions
     return model
 
 

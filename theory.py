@@ -765,7 +765,7 @@ def draw(e, path):
         buffer = io.BytesIO()
         fig.savefig(buffer, dpi=100)
         plt.close(fig)
-    write_png(path, Image.open(buffer).convert("RGB").quantize(64))              # a third
+    write_png(path, Image.open(buffer).convert("RGB").quantize(32))              # a third
 
 
 def show(value):
