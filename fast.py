@@ -130,13 +130,14 @@ def weight_bytes(model):
 def image_bytes(model, cfg_scale=1.0, **sampling):
     """About how many bytes drawing takes for each image of a batch.
 
-    Keys and values of all layers (ar) or what one layer computes (mar, cdm: some 14 C a token) and
-    modulations of the head, for both branches of guidance; noise of all trajectories, twice; of
-    latents ten times the fp32 pixels, for their way through the VAE.
+    Keys and values of all layers (ar) or what one layer computes (mar, cdm: some 14 C a token; of
+    mar twice, as graphs have memory of their own) and modulations of the head, for both branches
+    of guidance; noise of all trajectories, twice; of latents ten times the fp32 pixels, for their
+    way through the VAE.
     """
     cfg, head, size = model.cfg, model.diffloss, width(model)
     branches, tokens = 1 + (cfg_scale != 1), cfg.n_tokens + cfg.n_class_tokens * (cfg.kind == "mar")
-    layers = 2 * cfg.n_layer if cfg.kind == "ar" else 14
+    layers = {"ar": 2 * cfg.n_layer, "mar": 28, "cdm": 14}[cfg.kind]
     kept = layers * tokens * cfg.n_embd * size
     mods = 3 * cfg.head_depth * cfg.head_width * size * 2
     noise = head.n_noise(**sampling)
