@@ -189,6 +189,7 @@ def graphed(model):
         step = model.next_condition
 
         def conditions(x, known, pos, y, guided):
+            # both branches of guidance as one tensor; a graph for each number of known patches
             both = lambda *z: torch.cat([c for c in step(*z, guided) if c is not None])
             c = graphs(guided, both, [x, known, pos, y])
             return c.chunk(2) if guided else (c, None)

@@ -464,6 +464,11 @@ def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):
         2, torch.empty(0, dtype=torch.bfloat16)))
     assert kept == 2 * 2 * 4 * 16 * 64 * 2 and 200 < n < 0.7 * 20e9 / (2 * 2 * 12 * 256 * 768 * 2)
     assert fast.images_at_once(model, dict(cfg_scale=1.0, steps=100), 999) > 1.3 * n
+    with torch.device("meta"):
+        others = [build(preset(name)) for name in ("mar-h", "cdm-tiny")]
+    mar, cdm = (fast.images_at_once(z, dict(cfg_scale=1.5, steps=100), 9999) for z in others)
+    # a layer of mar, once eagerly and once in the graphs: at least q, k, v, a norm and the MLP, 12 C
+    assert 100 < mar < 0.7 * 20e9 / (2 * 2 * 12 * 320 * 1280 * 2) and mar < cdm, (mar, cdm)
     free = 0
     assert fast.images_at_once(model, {}) == 1, "at least one, which may still not fit"
 
