@@ -467,7 +467,7 @@ def test_as_many_images_are_drawn_at_once_as_fit(monkeypatch):
     with torch.device("meta"):
         others = [build(preset(name)) for name in ("mar-h", "cdm-tiny")]
     mar, cdm = (fast.images_at_once(z, dict(cfg_scale=1.5, steps=100), 9999) for z in others)
-    # a layer of mar, once eagerly and once in the graphs: at least q, k, v, a norm and the MLP, 12 C
+    # a layer of mar, once eagerly and once in the graphs: at least q, k, v, a norm, the MLP: 12 C
     assert 100 < mar < 0.7 * 20e9 / (2 * 2 * 12 * 320 * 1280 * 2) and mar < cdm, (mar, cdm)
     free = 0
     assert fast.images_at_once(model, {}) == 1, "at least one, which may still not fit"
